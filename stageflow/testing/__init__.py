@@ -1,4 +1,4 @@
-"""What a user's test suite needs: virtual clock, scripted executor, recording sink, executor conformance suite, pytest plugin.
+"""What a test suite needs: virtual clock, scripted executor, recording sink, executor conformance suite, pytest plugin.
 
-May not import: report, cli, demo. Nothing outside tests imports it.
+May not import: `stageflow.report`, cli, demo, any executor.
 """
