@@ -2,5 +2,6 @@
 
 Describes work and never starts it.
 
-May not import: the scheduler, the runtime, any room above them, any executor, asyncio, threading, time, random, logging.
+May not import: the scheduler, the runtime, any room above them, any executor,
+asyncio, threading, time, random, logging.
 """
