@@ -1,0 +1,376 @@
+"""Runs one attempt of a stage, in whichever lane: binds values to parameters, calls, normalises what comes back.
+
+This module is what the engine ships to workers. May import core, context, contracts and events only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from stageflow.context.inputs import EMPTY_INPUTS, StageInputs
+from stageflow.context.stage_context import StageContext
+from stageflow.core.executor import Reply
+from stageflow.core.kinds import StageStatus
+from stageflow.core.output import StageOutput
+
+if TYPE_CHECKING:
+    from stageflow.core.worker import WorkerPort
+
+_local = threading.local()
+_instances: dict[type, Any] = {}  # a class stage is constructed once per process
+_instances_lock = threading.Lock()
+
+#: value in `values` of a dependency that has none
+ABSENT: Final = msgspec.UNSET
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What differs from attempt to attempt. Small: it crosses with every call."""
+
+    run_id: str
+    attempt: int = 1
+    item: tuple[int, ...] | None = None
+    deadline: float | None = None
+    failed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    extras: dict[str, Any] | None = None
+
+
+class Slot(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One value of a call: a stage's output or an input of the run, and the parameter it goes to (None: only into
+    `ctx.inputs`)."""
+
+    name: str
+    param: str | None
+    is_stage: bool
+
+
+def instance_of(runner: Any) -> Any:
+    """The object to call `execute` on: an instance as it is, a class constructed once per process."""
+    if not isinstance(runner, type):
+        return runner
+    found = _instances.get(runner)
+    if found is None:
+        with _instances_lock:
+            found = _instances.get(runner)
+            if found is None:
+                found = _instances[runner] = runner()
+    return found
+
+
+def run_coroutine(coroutine: Any, port: WorkerPort | None = None) -> Any:
+    """Run a coroutine to its end in this thread, on a loop that the thread keeps. A cancel of the attempt cancels
+    it."""
+    runner: asyncio.Runner | None = getattr(_local, "runner", None)
+    if runner is None:
+        runner = _local.runner = asyncio.Runner()
+    loop = runner.get_loop()
+
+    async def guarded() -> Any:
+        task = asyncio.current_task()
+        if port is not None and task is not None:
+            port.on_cancel(partial(_cancel_threadsafe, loop, task))
+        return await coroutine
+
+    return runner.run(guarded())
+
+
+def _cancel_threadsafe(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the attempt is over
+        loop.call_soon_threadsafe(task.cancel)
+
+
+class CallPlan:
+    """How the values of a call reach the runner's parameters. Computed once, pickled with the program."""
+
+    __slots__ = ("element", "keywords", "positional", "slots", "wants_ctx")
+
+    def __init__(
+        self,
+        slots: tuple[Slot, ...],
+        positional: tuple[tuple[str, int], ...],
+        keywords: tuple[tuple[str, str, int], ...],
+        wants_ctx: bool,
+        element: str | None = None,
+    ) -> None:
+        self.slots = slots
+        #: ("value" | "ctx" | "element", slot) in call order
+        self.positional = positional
+        #: (parameter, "value" | "ctx" | "element", slot)
+        self.keywords = keywords
+        self.wants_ctx = wants_ctx
+        #: how the element of a map arrives: "positional", a parameter name, or None where there is none
+        self.element = element
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallPlan, (self.slots, self.positional, self.keywords, self.wants_ctx, self.element)
+
+    def arguments(self, values: tuple[Any, ...], ctx: Any, element: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments; an absent value leaves its parameter to the default."""
+        args: list[Any] = []
+        for kind, slot in self.positional:
+            if kind == "value":
+                value = values[slot]
+                args.append(None if value is ABSENT else value)
+            else:
+                args.append(ctx if kind == "ctx" else element)
+        kwargs: dict[str, Any] = {}
+        for name, kind, slot in self.keywords:
+            if kind == "value":
+                value = values[slot]
+                if value is not ABSENT:
+                    kwargs[name] = value
+            else:
+                kwargs[name] = ctx if kind == "ctx" else element
+        return args, kwargs
+
+
+class Program:
+    """One stage as workers know it: the runner, how to call it, and what to do around the call."""
+
+    __slots__ = (
+        "_bound",
+        "_checker",
+        "contract",
+        "declared",
+        "form",
+        "is_async",
+        "kind",
+        "name",
+        "plan",
+        "resource_scope",
+        "resources",
+        "runner",
+        "writable",
+    )
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        kind: str,
+        runner: Any,
+        form: str,
+        is_async: bool,
+        plan: CallPlan,
+        declared: tuple[str, ...] = (),
+        contract: Any = None,
+        resources: Mapping[str, Callable[[], Any]] | None = None,
+        resource_scope: int = 0,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.runner = runner
+        self.form = form
+        self.is_async = is_async
+        self.plan = plan
+        self.declared = declared
+        self.contract = contract
+        self.resources = dict(resources or {})
+        self.resource_scope = resource_scope
+        self._bound: Callable[..., Any] | None = None
+        self._checker: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name)
+            for cls in type(self).__mro__
+            for name in getattr(cls, "__slots__", ())
+            if not name.startswith("_") and hasattr(self, name)
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bound = None
+        self._checker = None
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    # ------------------------------------------------------------ the call
+
+    def target(self) -> Callable[..., Any]:
+        """What is called: the function, or the `execute` of the stage object."""
+        bound = self._bound
+        if bound is None:
+            bound = self._bound = self.runner if self.form == "function" else instance_of(self.runner).execute
+        return bound
+
+    def context(
+        self,
+        port: WorkerPort,
+        header: Header,
+        snapshot: Any,
+        values: tuple[Any, ...],
+        item: tuple[int, ...] | None = None,
+    ) -> StageContext:
+        """The StageContext of one attempt."""
+        if self.declared:
+            stage_values = {
+                slot.name: value
+                for slot, value in zip(self.plan.slots, values, strict=False)
+                if slot.is_stage and value is not ABSENT
+            }
+            inputs = StageInputs(stage_values, self.declared, self.name, failed=header.failed, skipped=header.skipped)
+        else:
+            inputs = EMPTY_INPUTS
+        return StageContext(
+            self,
+            port,
+            header.run_id,
+            header.attempt,
+            item if item is not None else header.item,
+            snapshot,
+            inputs,
+            header.deadline,
+            header.extras,
+        )
+
+    def __call__(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> Any:
+        """One attempt in a thread or process; a coroutine stage runs on a loop here."""
+        plan = self.plan
+        ctx = self.context(port, header, snapshot, values) if plan.wants_ctx else None
+        args, kwargs = plan.arguments(values, ctx, None)
+        try:
+            result = self.target()(*args, **kwargs)
+            if self.is_async or inspect.isawaitable(result):
+                result = run_coroutine(_awaited(result), port)
+        except BaseException:
+            finish_context(ctx)
+            raise
+        finish_context(ctx)
+        return self.reply(result, ctx)
+
+    async def run_async(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> Any:
+        """One attempt on the caller's loop. A synchronous runner is called inline."""
+        plan = self.plan
+        ctx = self.context(port, header, snapshot, values) if plan.wants_ctx else None
+        args, kwargs = plan.arguments(values, ctx, None)
+        try:
+            result = self.target()(*args, **kwargs)
+            if self.is_async or inspect.isawaitable(result):
+                result = await result
+        except BaseException:
+            if ctx is not None:
+                await finish_context_async(ctx)
+            raise
+        if ctx is not None:
+            await finish_context_async(ctx)
+        return self.reply(result, ctx)
+
+    def iterate(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> tuple[Any, StageContext | None]:
+        """Start a source: its iterator or async iterator, and the context to finish when it ends."""
+        ctx = self.context(port, header, snapshot, values) if self.plan.wants_ctx else None
+        args, kwargs = self.plan.arguments(values, ctx, None)
+        return self.target()(*args, **kwargs), ctx
+
+    def reply(self, result: Any, ctx: StageContext | None) -> Any:
+        """What the parent gets: a plain value as it is, everything else as a Reply whose meta is the output without
+        data."""
+        artifacts = ctx._artifacts if ctx is not None else None
+        if isinstance(result, StageOutput):
+            if artifacts:
+                result = result.with_artifacts((*result.artifacts, *artifacts))
+            if result.status is StageStatus.OK:
+                self.check(result.data)
+            return Reply(result.data, msgspec.structs.replace(result, data=None), has_value=result.data is not None)
+        self.check(result)
+        if artifacts:
+            return Reply(result, StageOutput(artifacts=tuple(artifacts)))
+        return result
+
+    def check(self, value: Any) -> None:
+        """Raise ContractViolationError where `value` does not fit the stage's contract."""
+        if self.contract is None:
+            return
+        checker = self._checker
+        if checker is None:
+            from stageflow.contracts import compile_contract
+
+            checker = self._checker = compile_contract(self.contract)
+        checker.check(value, stage=self.name)
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+# ---------------------------------------------------------------- cleanup
+
+
+def finish_context(ctx: StageContext | None) -> None:
+    """Run what the attempt deferred, last registered first. An error of one is noted and does not keep the others
+    from running."""
+    if ctx is None or not ctx._defers:
+        return
+    defers, ctx._defers = ctx._defers, None
+    for name, callback, args in reversed(defers):
+        try:
+            result = callback(*args)
+            if inspect.isawaitable(result):
+                run_coroutine(_awaited(result))
+        except Exception as error:
+            _cleanup_failed(ctx, name, callback, error)
+    ctx._port.note("deferred", len(defers))
+
+
+async def finish_context_async(ctx: StageContext) -> None:
+    """`finish_context` on a running loop; shielded from the cancellation of the attempt."""
+    if not ctx._defers:
+        return
+    defers, ctx._defers = ctx._defers, None
+
+    async def run_all() -> None:
+        for name, callback, args in reversed(defers):
+            try:
+                result = callback(*args)
+                if inspect.isawaitable(result):
+                    await result
+            except Exception as error:
+                _cleanup_failed(ctx, name, callback, error)
+
+    task = asyncio.ensure_future(run_all())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    ctx._port.note("deferred", len(defers))
+    if cancelled is not None:
+        raise cancelled
+
+
+def _cleanup_failed(ctx: StageContext, name: str | None, callback: Any, error: BaseException) -> None:
+    label = name or getattr(callback, "__qualname__", repr(callback))
+    text = f"{type(error).__name__}: {error}"
+    ctx._port.note(
+        "event", {"type": "stage.cleanup_failed", "data": {"cleanup": label, "error": text}, "item": ctx.item}
+    )
+
+
+# ---------------------------------------------------------------- helpers of the item programs
+
+
+def close_iterator(iterator: Any) -> None:
+    """Close a generator; what its cleanup raises is the stage's and propagates."""
+    close = getattr(iterator, "close", None)
+    if close is not None:
+        close()
+
+
+def drain_async(iterator: Any, port: WorkerPort) -> Iterator[Any]:
+    """The items of an async iterator, pulled on this thread's loop by one task (context variables and scopes stay
+    whole)."""
+    step = iterator.__aiter__()
+    while True:
+        try:
+            yield run_coroutine(step.__anext__(), port)
+        except StopAsyncIteration:
+            return
