@@ -2,20 +2,285 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Protocol, runtime_checkable
+import contextvars
+import logging
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import IO, Any, Final, Protocol, runtime_checkable
 
+from stageflow.events import names
+from stageflow.events.catalogue import as_text, encode_json
 from stageflow.events.event import Event
+
+_log = logging.getLogger("stageflow.events")
 
 
 @runtime_checkable
 class EventSink(Protocol):
-    """Receives every event of the runs it is attached to. `emit` may be sync or async; what it raises is reported
-    once and dropped.
+    """Receives every event of the runs it is attached to.
 
-    A sink that sets `wants_items = False` is not given one event per map item, only the per-block ones.
+    `emit` may be sync or async; what it raises is reported once and dropped. A sink that sets `wants_items = True` is
+    given one `stage.completed` per map item besides the block that reports them together. A sink may have `close()`.
     """
 
     def emit(self, event: Event) -> Awaitable[None] | None:
         """Take one event. Called on the loop that runs the pipeline."""
         ...
+
+
+class NoOpSink:
+    """Drops every event."""
+
+    def emit(self, event: Event) -> None:
+        """Do nothing."""
+
+
+class CollectingSink:
+    """Keeps events in order, for tests and notebooks; the newest `limit` of them if that is given. Thread-safe."""
+
+    def __init__(self, limit: int | None = None, *, wants_items: bool = False) -> None:
+        self._events: list[Event] = []
+        self._limit = limit
+        self._lock = threading.Lock()
+        self.wants_items = wants_items
+
+    def emit(self, event: Event) -> None:
+        """Keep `event`."""
+        with self._lock:
+            self._events.append(event)
+            # Trimmed in halves, so that keeping the newest n costs O(1) per event.
+            if self._limit is not None and len(self._events) > 2 * self._limit:
+                del self._events[: -self._limit]
+
+    def events(self) -> list[Event]:
+        """A copy of what was kept, oldest first."""
+        with self._lock:
+            return list(self._events if self._limit is None else self._events[-self._limit :])
+
+    def of_type(self, prefix: str) -> list[Event]:
+        """The kept events whose type starts with `prefix`."""
+        return [event for event in self.events() if event.type.startswith(prefix)]
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing was kept."""
+        return not self._events
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._events.clear()
+
+    def __len__(self) -> int:
+        return len(self.events())
+
+
+class LoggingSink:
+    """Writes each event as one record of `logger` at exactly `level` (a number or a name such as "warning").
+
+    The record has `run_id`, `stage`, `item`, `attempt`, `lane`, `event` and `event_data` as attributes.
+    """
+
+    def __init__(self, level: int | str = logging.INFO, logger: logging.Logger | str = "stageflow.run") -> None:
+        self.level = level_number(level)
+        self.logger = logging.getLogger(logger) if isinstance(logger, str) else logger
+
+    def emit(self, event: Event) -> None:
+        """Log `event` unless the logger's level says no."""
+        if self.logger.isEnabledFor(self.level):
+            extra = {
+                "event": event.type,
+                "run_id": event.run_id,
+                "stage": event.stage,
+                "item": event.item,
+                "attempt": event.attempt,
+                "lane": event.lane,
+                "event_data": event.data,
+            }
+            self.logger.log(self.level, "%s", one_line(event), extra=extra)
+
+
+def level_number(level: int | str) -> int:
+    """The number of a logging level given by number or by name in any case.
+
+    Raises:
+        ValueError: no level has that name.
+    """
+    if isinstance(level, int):
+        return level
+    known = logging.getLevelNamesMapping()
+    name = level.upper()
+    if name not in known:
+        raise ValueError(f"no logging level is called {level!r}; there are {', '.join(sorted(known))}")
+    return known[name]
+
+
+_SHOWN: Final = (
+    "reason",
+    "error",
+    "key",
+    "delay_ms",
+    "duration_ms",
+    "items_in",
+    "items_out",
+    "dropped",
+    "failed",
+    "pid",
+)
+
+
+def one_line(event: Event) -> str:
+    """The event as one readable line, without values that could be long or secret."""
+    words = [event.type]
+    if event.stage is not None:
+        words.append(event.stage if event.item is None else f"{event.stage}[{'.'.join(map(str, event.item))}]")
+    if event.attempt is not None and event.attempt > 1:
+        words.append(f"attempt={event.attempt}")
+    for key in _SHOWN:
+        value = event.data.get(key)
+        if value is not None and value != "":
+            text = f"{value:.1f}" if isinstance(value, float) else as_text(value).replace("\n", " ")[:200]
+            words.append(f"{key}={text}")
+    return " ".join(words)
+
+
+class JsonlSink:
+    """Appends each event as one JSON line to a file.
+
+    Folders are made and the file is opened with the first event. Lines are written in pieces of up to 64 KiB: at the
+    latest after a second, at a failure and at the end of a run. A full disk or a closed pipe is reported once; what
+    cannot be written from then on is only counted (`lost`). Thread-safe.
+    """
+
+    _PIECE: Final = 64 * 1024
+
+    def __init__(
+        self, target: str | os.PathLike[str] | IO[bytes], *, append: bool = True, wants_items: bool = False
+    ) -> None:
+        self._path = Path(target) if isinstance(target, str | os.PathLike) else None
+        self._file: IO[bytes] | None = None if isinstance(target, str | os.PathLike) else target
+        self._owned = self._path is not None
+        self._mode = "ab" if append else "wb"
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._last_write = time.monotonic()
+        self._lock = threading.Lock()
+        self.wants_items = wants_items
+        self.written = 0
+        self.lost = 0
+        self.error: Exception | None = None
+
+    def emit(self, event: Event) -> None:
+        """Buffer `event`, and write when it is time."""
+        line = encode_json(event)
+        with self._lock:
+            if self.error is not None:
+                self.lost += 1
+                return
+            self._lines.append(line)
+            self._size += len(line) + 1
+            urgent = event.type in names.RUN_ENDED or event.type == names.STAGE_FAILED
+            if urgent or self._size >= self._PIECE or time.monotonic() - self._last_write >= 1.0:
+                self._write()
+
+    def _write(self) -> None:
+        count = len(self._lines)
+        if not count:
+            return
+        piece = b"\n".join(self._lines) + b"\n"
+        self._lines.clear()
+        self._size = 0
+        self._last_write = time.monotonic()
+        try:
+            if self._file is None and self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._path, self._mode)  # noqa: SIM115 - closed by close()
+                self._mode = "ab"  # a reopened sink goes on where it was
+            assert self._file is not None
+            self._file.write(piece)
+            self._file.flush()
+        except (OSError, ValueError) as error:
+            self._break(error, count)
+        else:
+            self.written += count
+
+    def _break(self, error: Exception, lost: int) -> None:
+        self.error = error
+        self.lost += lost
+        where = str(self._path) if self._path else str(getattr(self._file, "name", "a stream"))
+        _log.warning("events are no longer written to %s: %s", where, error)
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._owned and self._file is not None:
+            try:
+                self._file.close()
+            except (OSError, ValueError):
+                pass  # the reason is already reported, or the last bytes were refused like those before them
+            self._file = None
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._lock:
+            if self.error is None:
+                self._write()
+
+    def close(self) -> None:
+        """Write what is buffered and close the file if this sink opened it. A later event opens it again."""
+        self.flush()
+        with self._lock:
+            self._close_file()
+
+
+class RedactingSink:
+    """Passes events on after `redact(event)`; what it returns as None is dropped, and what it raises drops the event
+    too."""
+
+    def __init__(self, downstream: EventSink, redact: Callable[[Event], Event | None]) -> None:
+        self.downstream = downstream
+        self.redact = redact
+
+    @property
+    def wants_items(self) -> bool:
+        """As the sink behind it."""
+        return bool(getattr(self.downstream, "wants_items", False))
+
+    def emit(self, event: Event) -> Awaitable[None] | None:
+        """Redact and pass on."""
+        shown = self.redact(event)
+        return None if shown is None else self.downstream.emit(shown)
+
+
+_current: contextvars.ContextVar[EventSink | None] = contextvars.ContextVar("stageflow_event_sink", default=None)
+_NO_OP: Final = NoOpSink()
+
+
+def set_event_sink(sink: EventSink) -> contextvars.Token[EventSink | None]:
+    """Make `sink` the current one in this context; tasks started from here inherit it."""
+    return _current.set(sink)
+
+
+def clear_event_sink() -> None:
+    """Have no current sink in this context."""
+    _current.set(None)
+
+
+def get_event_sink() -> EventSink:
+    """The current sink of this context, or one that drops everything."""
+    sink = _current.get()
+    return _NO_OP if sink is None else sink  # an empty sink may be falsy
+
+
+def close_all(sinks: Iterable[Any]) -> None:
+    """Call `close()` of every sink that has one; what it raises is logged."""
+    for sink in sinks:
+        close = getattr(sink, "close", None)
+        if close is None:
+            continue
+        try:
+            close()
+        except Exception:
+            _log.warning("closing %s failed", type(sink).__name__, exc_info=True)
