@@ -1,8 +1,8 @@
 """Which parameter gets which value: the binding table.
 
-Order for a parameter: `inputs={...}` of the builder call, `ctx`, a stage of that name, an input, the default. A stage never
-binds to itself by name. The element of a map goes to the parameter named like `over`, else to the first positional parameter
-that nothing else binds; a reduce takes (acc, item) by position.
+Order for a parameter: `inputs={...}` of the builder call, `ctx`, a stage of that name, an input, the default. A stage
+never binds to itself by name. The element of a map goes to the parameter named like `over`, else to the first
+positional parameter that nothing else binds; a reduce takes (acc, item) by position.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _elements(
         if len(places) < 2:
             scope.problems.add(
                 "UNBOUND",
-                f"reduce {asked.name!r}: the runner takes {len(places)} argument(s) by position, but is called as runner(acc, item)",
+                f"reduce {asked.name!r}: the runner takes {len(places)} argument(s) by position, not (acc, item)",
                 "Declare it as def fold(acc, item).",
                 stages=(asked.name,),
             )

@@ -1,7 +1,9 @@
-"""`PipelineBuilder`: records what the author says. Nothing is resolved before `build()`, so stages may be named before they exist.
+"""`PipelineBuilder`: records what the author says.
 
-A call that raises leaves the builder as it was. What can only be judged with all stages known is judged by `build()`, which
-reports every problem together.
+Nothing is resolved before `build()`, so stages may be named before they exist.
+
+A call that raises leaves the builder as it was. What can only be judged with all stages known is judged by `build()`,
+which reports every problem together.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ Inputs = Mapping[str, str | None]
 class PipelineBuilder(ShapesMixin):
     """Declares stages, then `build()`s a StageGraph. Every declaring call returns the builder.
 
-    `inputs` declares the inputs of the graph as {name: annotation} (or a sequence of names); where it is given, a parameter
-    that names neither a stage nor one of these is an error of `build()`, else it becomes a required input.
+    `inputs` declares the inputs of the graph as {name: annotation} (or a sequence of names); where it is given, a
+    parameter that names neither a stage nor one of these is an error of `build()`, else it becomes a required input.
     """
 
     def __init__(self, name: str, inputs: Mapping[str, Any] | Iterable[str] | None = None) -> None:
@@ -77,8 +79,8 @@ class PipelineBuilder(ShapesMixin):
     ) -> Self:
         """Add a task that runs once per run; a generator function gives a stream of elements.
 
-        `after` adds dependencies in order only; `inputs={"parameter": "stage or input"}` renames. `.stage(function)` takes the
-        name from the function.
+        `after` adds dependencies in order only; `inputs={"parameter": "stage or input"}` renames. `.stage(function)`
+        takes the name from the function.
         """
         if runner is UNSET:
             name, runner = self._named(name)
@@ -119,14 +121,14 @@ class PipelineBuilder(ShapesMixin):
     ) -> Self:
         """Add a fold of the elements of `over`: `runner(acc, item)`.
 
-        Without `initial` the first element starts the fold, and empty input fails. With `combine` (associative; `initial`
-        neutral to it) blocks of `block` elements fold in parallel and are merged by a fixed tree.
+        Without `initial` the first element starts the fold, and empty input fails. With `combine` (associative;
+        `initial` neutral to it) blocks of `block` elements fold in parallel and are merged by a fixed tree.
         """
         if combine is not None and not callable(combine):
             raise DefinitionError(
                 f"reduce {name!r}: combine={combine!r} is not callable", hint="Give a function of two accumulators."
             )
-        if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        if type(block) is not int or block < 1:
             raise DefinitionError(
                 f"reduce {name!r}: block={block!r} is not possible", hint="It must be a whole number of at least 1."
             )
@@ -239,7 +241,9 @@ class PipelineBuilder(ShapesMixin):
     # ------------------------------------------------------------ joining and building
 
     def compose(self, other: PipelineBuilder) -> Self:
-        """Take over the stages of `other`; the name becomes `left+right`. A stage both declare must be the same in both.
+        """Take over the stages of `other`; the name becomes `left+right`.
+
+        A stage both declare must be the same in both.
 
         Raises:
             PipelineValidationError: every stage and input that the two declare differently; the builder is unchanged.

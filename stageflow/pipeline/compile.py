@@ -1,4 +1,7 @@
-"""From what was declared to a `StageGraph`, or to every problem at once. Loops only: a chain of a million stages is one chain."""
+"""From what was declared to a `StageGraph`, or to every problem at once.
+
+Loops only: a chain of a million stages is one chain.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,7 @@ def compile_graph(name: str, stages: Sequence[Declared], declared_inputs: Mappin
     )
 
 
-def _index(name: str, stages: Sequence[Declared], problems: Problems) -> dict[str, int]:
+def _index(name: Any, stages: Sequence[Declared], problems: Problems) -> dict[str, int]:
     if not isinstance(name, str) or not name.strip():
         problems.add("BLANK", f"the pipeline's name {name!r} is blank", 'Write PipelineBuilder("name").')
     if not stages:
@@ -120,7 +123,7 @@ def _index(name: str, stages: Sequence[Declared], problems: Problems) -> dict[st
     for i, stage in enumerate(stages):
         if (wrong := name_problem(stage.name)) is not None:
             problems.add("BLANK" if "blank" in wrong[0] else "NAME", wrong[0], wrong[1], stages=(str(stage.name),))
-            if not isinstance(stage.name, str):
+            if not _is_text(stage.name):
                 continue
         if stage.name in index:
             problems.add(
@@ -132,6 +135,10 @@ def _index(name: str, stages: Sequence[Declared], problems: Problems) -> dict[st
         else:
             index[stage.name] = i
     return index
+
+
+def _is_text(name: object) -> bool:
+    return isinstance(name, str)
 
 
 def _check_inputs(declared: Mapping[str, Any] | None, index: Mapping[str, int], problems: Problems) -> None:
@@ -147,7 +154,7 @@ def _check_inputs(declared: Mapping[str, Any] | None, index: Mapping[str, int], 
 
 def _resolve(i: int, stage: Declared, stages: Sequence[Declared], scope: Scope) -> tuple[StageSpec, tuple[int, ...]]:
     """One stage's spec and the numbers of its upstream stages."""
-    traits, problems, index = stage.traits, scope.problems, scope.index
+    traits, problems = stage.traits, scope.problems
     if traits.problem is not None:
         problems.add("RUNNER", f"stage {stage.name!r}: {traits.problem[0]}", traits.problem[1], stages=(stage.name,))
     role = Role.SOURCE if stage.role is Role.TASK and traits.is_generator else stage.role
@@ -286,7 +293,10 @@ def _kind(stage: Declared, role: Role, problems: Problems) -> tuple[StageKind, b
 
 
 def _inputs(scope: Scope) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Required and optional inputs with their annotations. What is declared is required unless every reader has a default."""
+    """Required and optional inputs with their annotations.
+
+    What is declared is required unless every reader has a default.
+    """
 
     def known(annotation: Any) -> Any:
         return None if annotation is UNKNOWN else annotation
@@ -350,7 +360,7 @@ def _depth(deps: Sequence[tuple[int, ...]], order: array[int]) -> array[int]:
 def _report_cycles(
     specs: Sequence[StageSpec], deps: Sequence[tuple[int, ...]], order: array[int], problems: Problems
 ) -> None:
-    """Name a path for every separate loop: each stage that could not be ordered has a dependency that could not either."""
+    """Name a path for every separate loop: what could not be ordered has a dependency that could not either."""
     stuck = set(range(len(specs))).difference(order)
     walk_of: dict[int, int] = {}
     for start in sorted(stuck):

@@ -36,10 +36,12 @@ def stage(
     inputs: Mapping[str, str | None] | None = None,
     **policies: Any,
 ) -> Any:
-    """Set what the builder will use for this runner wherever a builder call says nothing else. Returns the runner itself.
+    """Set what the builder will use for this runner wherever a builder call says nothing else.
 
-    Works bare and with keywords. `name` serves where the builder is given no name; `inputs` renames parameters. Every policy
-    of the builder is accepted.
+    Returns the runner itself.
+
+    Works bare and with keywords. `name` serves where the builder is given no name; `inputs` renames parameters. Every
+    policy of the builder is accepted.
 
     Raises:
         DefinitionError: unknown keyword, impossible value, or a runner that takes no attributes (a builtin, say).

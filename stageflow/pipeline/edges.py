@@ -125,7 +125,8 @@ def _check_input(
     if given is not UNKNOWN and wanted is not UNKNOWN and mismatch(given, wanted):
         problems.add(
             "TYPE",
-            f"stage {spec.name!r}: parameter {binding.param!r} is annotated {describe(wanted)}, but input {key!r} is declared {describe(given)}",
+            f"stage {spec.name!r}: parameter {binding.param!r} is annotated {describe(wanted)}, "
+            f"but input {key!r} is declared {describe(given)}",
             "Change one of the two annotations.",
             stages=(spec.name,),
             parameter=binding.param,

@@ -1,7 +1,7 @@
 """The compiled pipeline: immutable, integer-indexed, re-entrant. Holds no state of any run.
 
-A stage's number is its place in the order of declaration. Everything another room asks per stage is an index into a list or
-an array; a graph of a million stages costs some hundred bytes per stage.
+A stage's number is its place in the order of declaration. Everything another room asks per stage is an index into a
+list or an array; a graph of a million stages costs some hundred bytes per stage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from stageflow.core.errors import DefinitionError
-from stageflow.pipeline.names import did_you_mean
+from stageflow.pipeline.names import did_you_mean, nearest
 from stageflow.pipeline.spec import StageSpec
 
 #: a layer above this room, so it is named and not imported
@@ -27,13 +27,14 @@ class StageGraph:
     - `deps[i]` / `dependents[i]`: stages directly before / after stage i, in the order named, each once;
     - `depth[i]`: edges on the longest path from a root; `order`: topological, by declaration where free;
     - `inputs` / `optional_inputs`: key -> annotation (None when unknown);
-    - `space[i]`: the index space of the elements that a source or map gives, -1 elsewhere; equal numbers mean that elements with
-      the same index path belong together;
+    - `space[i]`: the index space of the elements that a source or map gives, -1 elsewhere; equal numbers mean that
+      elements with the same index path belong together;
     - `joins[i]`: sources and maps that stage i reads element by element beside its `over`;
     - `barriers[i]`: sources and maps whose whole sequence stage i needs;
     - `streams[i]`: 1 where the value is a stream of elements (source, map);
     - `routes[i]`: (number of the ROUTE stage, branch) for stages declared `when="branch"`;
-    - `guard_paths[i]`: for a guard with `guard_retry`, the stages to run again, the retried one first and the guard last.
+    - `guard_paths[i]`: for a guard with `guard_retry`, the stages to run again, the retried one first and the guard
+      last.
     """
 
     name: str
@@ -109,7 +110,10 @@ class StageGraph:
         return tuple(j for j in self.dependents[i] if self.reads(j, i))
 
     def reads(self, j: int, i: int) -> bool:
-        """True when stage j reads what stage i gives. An object stage, or a function with `ctx`, may read all it declares."""
+        """True when stage j reads what stage i gives.
+
+        An object stage, or a function with `ctx`, may read all it declares.
+        """
         spec = self.specs[j]
         if spec.over == i or i in self.barriers.get(j, ()) or i in self.joins.get(j, ()):
             return True
@@ -124,12 +128,43 @@ class StageGraph:
         """Stages without dependencies."""
         return tuple(i for i, deps in enumerate(self.deps) if not deps)
 
+    def check_inputs(self, given: Iterable[str]) -> None:
+        """Raise DefinitionError when a required input is not among the keys `given`: stage, parameter, nearest names."""
+        keys = set(given)
+        missing = [key for key in self.inputs if key not in keys]
+        if not missing:
+            return
+        lines = [self._missing_text(key) for key in missing]
+        hints = []
+        for key in missing:
+            near = nearest(key, [*(keys - self.inputs.keys()), *self.index])
+            kind = [f"{'stage' if one in self.index else 'given input'} {one!r}" for one in near]
+            hints.append(f"Give inputs={{{key!r}: ...}}" + (f", or did you mean {' or '.join(kind)}?" if near else "."))
+        raise DefinitionError(
+            f"pipeline {self.name!r} cannot start: " + "; ".join(lines),
+            hint=" ".join(hints),
+            missing=missing,
+            given=sorted(keys),
+        )
+
+    def _missing_text(self, key: str) -> str:
+        for spec in self.specs:
+            if spec.over_input == key:
+                return f"input {key!r} is missing, whose elements stage {spec.name!r} takes"
+            for binding in spec.bindings:
+                if binding.source == "input" and binding.ref == key:
+                    return f"input {key!r} is missing, which stage {spec.name!r} needs for parameter {binding.param!r}"
+        return f"declared input {key!r} is missing"
+
     # ------------------------------------------------------------ running
 
     def run(
         self, inputs: Mapping[str, Any] | None = None, *, snapshot: Any = None, engine: Any = None, **config: Any
     ) -> Any:
-        """Run once and return the RunResult; blocks. Not for use inside a running event loop: there, await `execute`."""
+        """Run once and return the RunResult; blocks.
+
+        Not for use inside a running event loop: there, await `execute`.
+        """
         return import_module(_RUNTIME).run(self, inputs, snapshot=snapshot, engine=engine, **config)
 
     async def execute(

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
-#: above this many candidates only those of about the same length and first letter are compared: difflib takes ~10 us each
+#: above this many candidates only those of about the same length and first letter are compared: difflib takes ~10 us
+#: each
 _MANY: Final = 2_000
 MAX_LENGTH: Final = 200
 

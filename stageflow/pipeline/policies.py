@@ -1,14 +1,14 @@
 """Policies as values: what a stage asks for. Nothing here waits, rolls dice or reads a clock.
 
-Every keyword of the builder and of `@stage` is a field of `Policies`; its default is the field's default. Durations are in
-seconds unless the name says `_ms`; sizes are bytes or text like "512MB" (KB = 1000) and "4GiB" (KiB = 1024).
+Every keyword of the builder and of `@stage` is a field of `Policies`; its default is the field's default. Durations are
+in seconds unless the name says `_ms`; sizes are bytes or text like "512MB" (KB = 1000) and "4GiB" (KiB = 1024).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Final, Self
 
@@ -49,7 +49,7 @@ def _count(policy: str, field: str, value: object, *, least: int) -> None:
 
 # ---------------------------------------------------------------- sizes and rates
 
-_UNITS: Final = {"": 1, "b": 1} | {
+_UNITS: Final[dict[str, int]] = {"": 1, "b": 1} | {
     unit: base**power
     for power, letter in enumerate("kmgtp", start=1)
     for unit, base in ((letter, 1000), (f"{letter}b", 1000), (f"{letter}i", 1024), (f"{letter}ib", 1024))
@@ -59,12 +59,13 @@ _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 def parse_size(size: int | float | str) -> int:
     """Bytes of `size`: a number of bytes, or text such as "512MB" (10^6) or "4GiB" (2^30)."""
-    if isinstance(size, str):
-        match = _SIZE.fullmatch(size)
+    given: Any = size
+    if isinstance(given, str):
+        match = _SIZE.fullmatch(given)
         if match and (unit := _UNITS.get(match[2].lower())):
             return round(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-    elif isinstance(size, int | float) and not isinstance(size, bool) and size >= 0 and math.isfinite(size):
-        return int(size)
+    elif isinstance(given, int | float) and not isinstance(given, bool) and given >= 0 and math.isfinite(given):
+        return int(given)
     raise _wrong("size", "value", size, 'bytes as a number, or text such as "512MB" or "4GiB"')
 
 
@@ -130,8 +131,9 @@ class JitterStrategy(StrEnum):
 class RetryConfig(msgspec.Struct, frozen=True):
     """When and how often an attempt is repeated. `max_attempts` counts the first call.
 
-    `retry_on` is a tuple of exception types, a predicate on `error_info`, or a tenacity retry strategy. `wait` and `stop` take
-    any tenacity strategy and then replace the formula and `max_attempts`. `seed` makes the jitter of this stage its own.
+    `retry_on` is a tuple of exception types, a predicate on `error_info`, or a tenacity retry strategy. `wait` and
+    `stop` take any tenacity strategy and then replace the formula and `max_attempts`. `seed` makes the jitter of this
+    stage its own.
     """
 
     max_attempts: int = 3
@@ -181,8 +183,8 @@ class RetryConfig(msgspec.Struct, frozen=True):
     def delay_after(self, attempt: int, previous: float | None, roll: float) -> float:
         """Seconds to wait once attempt number `attempt` (1-based) has failed. `roll` in [0, 1) is the jitter.
 
-        `previous` is the delay before that attempt, None for the first; only decorrelated jitter looks at it. Never above
-        `max_delay_ms`. Does not ask whether an attempt is left.
+        `previous` is the delay before that attempt, None for the first; only decorrelated jitter looks at it. Never
+        above `max_delay_ms`. Does not ask whether an attempt is left.
         """
         base, cap = self.base_delay_ms, self.max_delay_ms
         if self.jitter is JitterStrategy.DECORRELATED:
@@ -248,9 +250,12 @@ class RetryConfig(msgspec.Struct, frozen=True):
 
 
 class IdempotencyConfig(msgspec.Struct, frozen=True):
-    """Do the work once per key. `key` is text or a function of the stage's inputs; None derives it from stage and inputs.
+    """Do the work once per key.
 
-    Successes are kept `ttl_seconds` (None: for ever). `fields` restricts the parameters that are compared with the first call's.
+    `key` is text or a function of the stage's inputs; None derives it from stage and inputs.
+
+    Successes are kept `ttl_seconds` (None: for ever). `fields` restricts the parameters that are compared with the
+    first call's.
     """
 
     key: str | Callable[..., str] | None = None
@@ -259,7 +264,8 @@ class IdempotencyConfig(msgspec.Struct, frozen=True):
     enforce_params_match: bool = True
 
     def __post_init__(self) -> None:
-        if self.key is not None and not callable(self.key) and not (isinstance(self.key, str) and self.key):
+        key: Any = self.key
+        if key is not None and not callable(key) and not (isinstance(key, str) and key):
             raise _wrong("idempotency", "key", self.key, "text, a function of the inputs, or None")
         if self.ttl_seconds is not None:
             _number("idempotency", "ttl_seconds", self.ttl_seconds, least=0, above=True)
@@ -269,8 +275,9 @@ class IdempotencyConfig(msgspec.Struct, frozen=True):
 class GuardRetryPolicy(msgspec.Struct, frozen=True):
     """When this guard FAILs, run `retry_stage` and the path to the guard again.
 
-    `max_attempts` counts the guard's failures, so 2 means one more run. `stagnation_limit` ends it after so many repeats of an
-    unchanged failure, `timeout_seconds` after that long since the first. `hash_fields` restricts the data that is compared.
+    `max_attempts` counts the guard's failures, so 2 means one more run. `stagnation_limit` ends it after so many
+    repeats of an unchanged failure, `timeout_seconds` after that long since the first. `hash_fields` restricts the data
+    that is compared.
     """
 
     retry_stage: str
@@ -280,7 +287,8 @@ class GuardRetryPolicy(msgspec.Struct, frozen=True):
     timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.retry_stage, str) or not self.retry_stage.strip():
+        retry_stage: Any = self.retry_stage
+        if not isinstance(retry_stage, str) or not retry_stage.strip():
             raise _wrong("guard_retry", "retry_stage", self.retry_stage, "the name of a stage upstream of the guard")
         _count("guard_retry", "max_attempts", self.max_attempts, least=1)
         _count("guard_retry", "stagnation_limit", self.stagnation_limit, least=1)
@@ -300,12 +308,12 @@ def _field_names(policy: str, field: str, value: Any) -> tuple[str, ...] | None:
 class Resources(msgspec.Struct, frozen=True):
     """What one attempt needs while it runs.
 
-    `cpu` None means 1 in the process lane and 0 elsewhere; `memory` (bytes or text; None = as measured) is reserved; `tokens`
-    are counted names such as {"gpu": 1}, of which the engine hands out as many as it was given.
+    `cpu` None means 1 in the process lane and 0 elsewhere; `memory` (bytes or text; None = as measured) is reserved;
+    `tokens` are counted names such as {"gpu": 1}, of which the engine hands out as many as it was given.
     """
 
     cpu: float | None = None
-    memory: int | None = None
+    memory: int | str | None = None
     tokens: dict[str, int] = {}
 
     def __post_init__(self) -> None:
@@ -313,13 +321,19 @@ class Resources(msgspec.Struct, frozen=True):
             _number("resources", "cpu", self.cpu, least=0)
         if self.memory is not None:
             force_setattr(self, "memory", parse_size(self.memory))
-        if not isinstance(self.tokens, Mapping):
-            raise _wrong("resources", "tokens", self.tokens, 'a mapping of names to counts, such as {"gpu": 1}')
-        for name, count in self.tokens.items():
+        tokens: Any = self.tokens
+        if not isinstance(tokens, Mapping):
+            raise _wrong("resources", "tokens", tokens, 'a mapping of names to counts, such as {"gpu": 1}')
+        for name, count in tokens.items():
             if not isinstance(name, str) or not name:
                 raise _wrong("resources", "tokens", self.tokens, "a mapping whose names are text")
             _count("resources", f"tokens[{name!r}]", count, least=1)
-        force_setattr(self, "tokens", dict(self.tokens))
+        force_setattr(self, "tokens", dict(tokens))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` as bytes (which it is, whatever it was given as)."""
+        return None if self.memory is None else parse_size(self.memory)
 
     def __hash__(self) -> int:
         return hash((self.cpu, self.memory, frozenset(self.tokens.items())))
@@ -364,7 +378,8 @@ class Policies(msgspec.Struct, frozen=True, kw_only=True):
         for field in ("concurrency", "batch"):
             if (value := getattr(self, field)) is not None:
                 _count("stage", field, value, least=1)
-        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+        priority: Any = self.priority
+        if not isinstance(priority, int) or isinstance(priority, bool):
             raise _wrong("stage", "priority", self.priority, "a whole number; higher goes first")
         for field in ("conditional", "isolate", "writable", "replayable", "spill"):
             if not isinstance(getattr(self, field), bool):
@@ -397,11 +412,10 @@ class Policies(msgspec.Struct, frozen=True, kw_only=True):
             _number("stage", "max_failed_items", budget, least=0)
             if isinstance(budget, float) and budget > 1.0:
                 raise _wrong("stage", "max_failed_items", budget, "a count (int) or a fraction from 0.0 to 1.0")
-        if not isinstance(self.interceptors, tuple):
-            try:
-                force_setattr(self, "interceptors", tuple(self.interceptors))
-            except TypeError:
-                force_setattr(self, "interceptors", (self.interceptors,))
+        interceptors: Any = self.interceptors
+        if not isinstance(interceptors, tuple):
+            several = isinstance(interceptors, Iterable)
+            force_setattr(self, "interceptors", tuple(interceptors) if several else (interceptors,))
         when = self.when
         pair = isinstance(when, tuple | list) and len(when) == 2 and all(isinstance(one, str) and one for one in when)
         if pair:

@@ -66,7 +66,7 @@ def _router(
 def check_guards(
     specs: Sequence[StageSpec], deps: Edges, dependents: Edges, index: Mapping[str, int], problems: Problems
 ) -> dict[int, tuple[int, ...]]:
-    """Guard -> the stages that run again when it fails: the retried one, those between, and the guard, by number of edges."""
+    """Guard -> the stages that run again when it fails: the retried one, those between, and the guard."""
     paths: dict[int, tuple[int, ...]] = {}
     for i, spec in enumerate(specs):
         policy = None if spec.policies is DEFAULT_POLICIES else spec.policies.guard_retry
@@ -82,7 +82,7 @@ def check_guards(
                 )
             elif off := [specs[j].name for j in path if specs[j].role is not Role.TASK]:
                 wrong = (
-                    f"the path from {policy.retry_stage!r} to the guard holds {', '.join(off)}, which is no plain stage",
+                    f"the path from {policy.retry_stage!r} to the guard holds {', '.join(off)}, which are no tasks",
                     "Only stages that run once per run can run again; retry one behind it.",
                 )
             else:

@@ -1,7 +1,7 @@
 """The shape helpers of the builder: chain, parallel, fan-out and fan-in, branch. Each takes real runners.
 
-A stage that a helper puts behind one other gets that stage's value in the parameter named like it, else in its first parameter
-that nothing else binds. Behind several, parameters are named like them.
+A stage that a helper puts behind one other gets that stage's value in the parameter named like it, else in its first
+parameter that nothing else binds. Behind several, parameters are named like them.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class ShapesMixin:
     ) -> Self:
         """Add a ROUTE stage, one stage per branch that runs when the router names it, and a stage that joins them.
 
-        A branch is named like its key and gets the value that the router got. The merge runs when any branch did and sees the
-        others as absent: give its parameters defaults or annotate them `| None`. The policies are the branches'.
+        A branch is named like its key and gets the value that the router got. The merge runs when any branch did and
+        sees the others as absent: give its parameters defaults or annotate them `| None`. The policies are the
+        branches'.
         """
         (route, route_runner), feeds = _step(router), _tuple(after)
         end = None if merge is None else _step(merge)

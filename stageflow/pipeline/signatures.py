@@ -32,8 +32,8 @@ class Parameter(msgspec.Struct, frozen=True):
 class Traits(msgspec.Struct, frozen=True, eq=False):
     """What is read off a runner once, however many stages it serves.
 
-    `parameters` is None where the callable has no readable signature. `problem` is (what is wrong, what to do) for a runner
-    that cannot be one.
+    `parameters` is None where the callable has no readable signature. `problem` is (what is wrong, what to do) for a
+    runner that cannot be one.
     """
 
     runner: Any
@@ -49,7 +49,7 @@ class Traits(msgspec.Struct, frozen=True, eq=False):
 def read_traits(runner: Any) -> Traits:
     """Analyse `runner`; never raises for a runner that is merely wrong (see `Traits.problem`)."""
     if isinstance(runner, type) and callable(getattr(runner, "execute", None)):
-        return _object_traits(runner, runner.execute, "class", _construction_problem(runner))
+        return _object_traits(runner, getattr(runner, "execute", None), "class", _construction_problem(runner))
     if not isinstance(runner, type) and callable(getattr(runner, "execute", None)) and not _is_function(runner):
         return _object_traits(runner, runner.execute, "object", None)
     if not callable(runner):
@@ -91,7 +91,7 @@ def _object_traits(runner: Any, execute: Any, form: Form, problem: tuple[str, st
 
 def _construction_problem(cls: type) -> tuple[str, str] | None:
     if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
+        missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         return f"the class {cls.__qualname__} is abstract ({missing})", "Give a class that can be constructed."
     try:
         signature = inspect.signature(cls)
@@ -229,7 +229,7 @@ def _show(thing: Any) -> str:
 
 
 def runner_name(runner: Any) -> str | None:
-    """The name a runner gives itself: `@stage(name=)`, its `name` attribute, or its `__name__`; None when it has none."""
+    """The name a runner gives itself: `@stage(name=)`, its `name` attribute, or its `__name__`; else None."""
     mark = getattr(runner, MARK, None)
     for name in (
         mark.get("name") if isinstance(mark, dict) else None,

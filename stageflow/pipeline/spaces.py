@@ -1,7 +1,8 @@
 """Which streams of elements run in step: index spaces, element-wise joins and barriers.
 
-Two streams share a space when an index path means the same element in both: a 1:1 map (DROP allowed) stays in the space of its
-`over`; a source, a generator map and a subdivided value start a new one. Two maps over one value or one input share theirs.
+Two streams share a space when an index path means the same element in both: a 1:1 map (DROP allowed) stays in the space
+of its `over`; a source, a generator map and a subdivided value start a new one. Two maps over one value or one input
+share theirs.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ class Role(IntEnum):
 class Binding(msgspec.Struct, frozen=True, gc=False):
     """Where one parameter gets its value.
 
-    `ref` is a stage's number for "stage", a key of the inputs for "input", else None. What a "stage" binding of a map gives is
-    said by the graph: one element where it is in `graph.joins`, else the whole value. `default` is set where a positional-only
-    parameter must be passed its default because a later one is bound.
+    `ref` is a stage's number for "stage", a key of the inputs for "input", else None. What a "stage" binding of a map
+    gives is said by the graph: one element where it is in `graph.joins`, else the whole value. `default` is set where a
+    positional-only parameter must be passed its default because a later one is bound.
     """
 
     param: str
@@ -56,10 +56,12 @@ class ReduceSpec(msgspec.Struct, frozen=True):
 
 
 class StageSpec(msgspec.Struct, frozen=True, eq=False):
-    """One stage of a compiled graph. `bindings` is empty for object stages; `declared_deps` are the names of every upstream stage.
+    """One stage of a compiled graph.
 
-    `over` is the number of the stage whose elements a map, reduce or sink takes, or -1; `over_input` is then the key of the
-    input it takes them from, or None.
+    `bindings` is empty for object stages; `declared_deps` are the names of every upstream stage.
+
+    `over` is the number of the stage whose elements a map, reduce or sink takes, or -1; `over_input` is then the key of
+    the input it takes them from, or None.
     """
 
     name: str

@@ -143,7 +143,8 @@ def _classes_exclude(left: type, right: type) -> bool:
             return False
     except TypeError:
         return False
-    # A subclass of both may exist unless one is final in practice: builtins with a layout of their own cannot be combined.
+    # A subclass of both may exist unless one is final in practice: builtins with a layout of their own cannot be
+    # combined.
     return not _may_share_subclass(left, right)
 
 
