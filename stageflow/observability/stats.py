@@ -32,8 +32,8 @@ _MAX_LATE: Final = 65_536
 class StageStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one stage did. Times are seconds; `busy_seconds` is spent inside the function, summed over attempts.
 
-    `p50_seconds`, `p95_seconds` and `max_seconds` are per attempt (percentiles within 6.25 %; items of a block count with
-    the block's mean). `wait` maps a reason (slot, token, rate, bytes, memory, upstream, downstream, approval) to seconds.
+    `p50_seconds`, `p95_seconds` and `max_seconds` are per attempt (percentiles within 6.25 %; items of a block count
+    with its mean). `wait` maps a reason (slot, token, rate, bytes, memory, upstream, downstream, ...) to seconds.
     """
 
     stage: str
@@ -410,7 +410,7 @@ class StatsFold:
             return
         if tally.streaming or "items_in" in event.data:
             self._close_stream(tally, event)
-        elif tally.started_ns:
+        elif tally.status == "running":
             tally.cancelled += 1
             self._ended_alone(tally, event)
         tally.close("cancel", event)
@@ -519,7 +519,7 @@ class StatsFold:
         return {name: self.stats_of(name) for name in self.names()}
 
     def view(self) -> Mapping[str, StageStats]:
-        """The same as `result`, each entry computed when it is read: a run of a million stages does not wait for them."""
+        """The same as `result`, each entry computed when it is read: a million stages make nobody wait."""
         return StatsView(self)
 
     def totals(self) -> RunStats:
