@@ -1,0 +1,190 @@
+"""Reading, joining and comparing URLs by RFC 3986 (`urllib.parse`) with the browser's leniencies (WHATWG); pure.
+
+Nothing here raises on hostile text: what is not a web address is `None` or "".
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from functools import lru_cache
+from urllib.parse import SplitResult, parse_qsl, quote, unquote_to_bytes, urlencode, urljoin, urlsplit, urlunsplit
+
+WEB_SCHEMES = frozenset({"http", "https"})
+_DEFAULT_PORT = {"http": 80, "https": 443}
+# Everything a path or query may hold as it is; "%" stays because what is already encoded must not be encoded twice.
+_PATH_SAFE = "/%:@!$&'()*+,;=~-._"
+_QUERY_SAFE = _PATH_SAFE + "?[]|"
+_CONTROL = re.compile(r"[\t\n\r]")
+_BAD_HOST = re.compile(r"[\x00-\x20\x7f#%/<>?@\\^|`{}\[\]:]")
+_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_UNRESERVED = re.compile(r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
+_TRACKING = re.compile(
+    r"^(utm_\w+|gclid|fbclid|msclkid|mc_eid|phpsessid|jsessionid|sid|sessionid|aspsessionid\w*)$", re.I
+)
+_PATH_SESSION = re.compile(r";jsessionid=[^/?#;]*", re.I)
+
+
+def parse(url: str) -> SplitResult | None:
+    """The parts of `url` as a browser reads them, or None when it cannot be read.
+
+    Blanks around it and tabs and line ends inside it are dropped; in web schemes a backslash is a slash (otherwise two
+    parsers could see two different hosts in one URL).
+    """
+    text = _CONTROL.sub("", url.strip("\x00\x01\x02\x03\x04\x05\x06\x07\x08\t\n\x0b\x0c\r\x1b\x1f "))
+    scheme = text.partition(":")[0].lower()
+    if scheme in WEB_SCHEMES or ":" not in text:
+        head, mark, tail = text.partition("?")
+        head, hash_mark, fragment = head.partition("#")
+        text = head.replace("\\", "/") + hash_mark + fragment + mark + tail
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # a port that is no number raises here
+        _ = parts.hostname
+    except ValueError:
+        return None
+    return parts
+
+
+@lru_cache(maxsize=4096)
+def _ascii_host(host: str) -> str | None:
+    """The host as it goes on the wire: lower case, IDNA for other scripts, None when no host can look like that."""
+    host = host.rstrip(".") if host.endswith(".") and not host.endswith("..") else host
+    if ":" in host:
+        try:
+            return f"[{ipaddress.IPv6Address(host).compressed}]"
+        except ValueError:
+            return None
+    if "%" in host:
+        host = unquote_to_bytes(host).decode("utf-8", "replace")
+    host = host.lower()
+    if not host or len(host) > 253 or _BAD_HOST.search(host):
+        return None
+    if host.isascii():
+        return host
+    try:
+        import idna
+
+        return idna.encode(host, uts46=True).decode("ascii")
+    except ImportError:
+        pass
+    except ValueError:  # idna's errors are UnicodeErrors
+        return None
+    try:
+        return host.encode("idna").decode("ascii")
+    except ValueError:
+        return None
+
+
+def _clean(text: str, safe: str) -> str:
+    """Percent-encode what must be, once; decode what never needs to be; upper-case the escapes that stay."""
+    text = _PERCENT.sub("%25", text)
+    quoted = quote(text, safe=safe, encoding="utf-8", errors="replace")
+    plain = _UNRESERVED.sub(lambda match: chr(int(match[1], 16)), quoted)
+    return _ESCAPE.sub(lambda match: match[0].upper(), plain)
+
+
+def normalize(url: str, *, keep_fragment: bool = False) -> str | None:
+    """The one spelling of an absolute http(s) URL, or None when it is not one.
+
+    Host lower-cased and IDNA-encoded, default port, credentials' absence and dot segments resolved, escapes normalised.
+    Equal spellings are equal resources (RFC 3986 section 6.2.2); the query is left in its order.
+    """
+    parts = parse(url)
+    if parts is None or parts.scheme not in WEB_SCHEMES or not parts.hostname:
+        return None
+    host = _ascii_host(parts.hostname)
+    if host is None:
+        return None
+    netloc = host
+    if parts.port is not None and parts.port != _DEFAULT_PORT[parts.scheme]:
+        netloc = f"{host}:{parts.port}"
+    if parts.username is not None:
+        credentials = parts.netloc.rpartition("@")[0]
+        netloc = f"{quote(credentials, safe=':%!$&()*+,;=~-._')}@{netloc}"
+    # urljoin against the root resolves the dot segments of an absolute path
+    path = _clean(parts.path, _PATH_SAFE) or "/"
+    if "/." in path:
+        joined = urljoin("http://host/", "./" + path.lstrip("/") if path.startswith("//") else path)
+        path = urlsplit(joined).path or "/"
+    query = _clean(parts.query, _QUERY_SAFE)
+    fragment = _clean(parts.fragment, _QUERY_SAFE) if keep_fragment else ""
+    return urlunsplit((parts.scheme, netloc, path, query, fragment))
+
+
+def join(base: str, href: str, *, keep_fragment: bool = False) -> str | None:
+    """`href` as seen from `base`, normalised; None for what is no page: `mailto:`, `javascript:`, `data:`, nonsense."""
+    reference = parse(href)
+    if reference is None:
+        return None
+    if reference.scheme and reference.scheme not in WEB_SCHEMES:
+        return None
+    if reference.scheme and not reference.netloc:
+        return None  # "http:foo": legal once, today only a parser differential
+    start = parse(base)
+    if start is None or (not reference.netloc and (start.scheme not in WEB_SCHEMES or not start.netloc)):
+        return normalize(reference.geturl(), keep_fragment=keep_fragment) if reference.scheme else None
+    if not reference.scheme and reference.netloc and start.scheme not in WEB_SCHEMES:
+        reference = reference._replace(scheme="https")
+    try:
+        joined = urljoin(start.geturl(), reference.geturl())
+    except ValueError:
+        return None
+    return normalize(joined, keep_fragment=keep_fragment)
+
+
+def host_of(url: str) -> str:
+    """The host, lower case, without port; "" when there is none."""
+    parts = parse(url)
+    if parts is None or not parts.hostname:
+        return ""
+    return (_ascii_host(parts.hostname) or "").strip("[]")
+
+
+def origin_of(url: str) -> str:
+    """Scheme, host and port as one string: what robots.txt and credentials belong to."""
+    parts = parse(url)
+    if parts is None or not parts.hostname or parts.scheme not in WEB_SCHEMES:
+        return ""
+    host = _ascii_host(parts.hostname)
+    if host is None:
+        return ""
+    return f"{parts.scheme}://{host}:{parts.port or _DEFAULT_PORT[parts.scheme]}"
+
+
+def extract_domain(url: str) -> str:
+    """The host of `url`: case, port, query and credentials play no part; "" when it has none."""
+    return host_of(url)
+
+
+def same_domain(left: str, right: str) -> bool:
+    """Whether both lie on the same host; False when either has none."""
+    host = host_of(left)
+    return bool(host) and host == host_of(right)
+
+
+def crawl_key(url: str) -> str | None:
+    """What two spellings of one page share in a crawl: besides `normalize`, tracking and session parameters and
+    order do not count."""
+    clean = normalize(url)
+    if clean is None:
+        return None
+    parts = urlsplit(clean)
+    path = _PATH_SESSION.sub("", parts.path)
+    query = parts.query
+    if query:
+        pairs = parse_qsl(query, keep_blank_values=True, encoding="utf-8", errors="replace", max_num_fields=None)
+        query = urlencode(sorted((key, value) for key, value in pairs if not _TRACKING.match(key)), errors="replace")
+    return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
+
+
+def path_segments(url: str) -> list[str]:
+    """The non-empty segments of the path."""
+    parts = parse(url)
+    return [segment for segment in parts.path.split("/") if segment] if parts else []
+
+
+def shape_of(url: str) -> str:
+    """The URL with every run of digits written as `0`: pages of one calendar have one shape."""
+    return re.sub(r"\d+", "0", crawl_key(url) or url)
