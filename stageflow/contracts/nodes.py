@@ -1,0 +1,583 @@
+"""Walks a type and a value side by side and lets msgspec (or a pydantic model) judge every part of it.
+
+`msgspec.convert` takes an instance of a class as it is and never looks inside, and it gives back a converted copy. Both
+are wrong for a value that must leave unchanged: so instances are opened here, field by field, and copies thrown away.
+"""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import dataclasses
+import datetime
+import decimal
+import enum
+import re
+import types
+import typing
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+import msgspec
+
+#: types of Python that stand for themselves: text is not taken for a date, nor base64 for bytes
+_NATIVE: Final = (
+    bytes,
+    bytearray,
+    memoryview,
+    datetime.datetime,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    uuid.UUID,
+    decimal.Decimal,
+)
+_SCALARS: Final = (int, float, str, bool, type(None))
+_ITEMS: Final = (list, tuple, set, frozenset)
+_ABSTRACT: Final = (cabc.Sequence, cabc.MutableSequence, cabc.Collection, cabc.Set, cabc.MutableSet)
+_MAPPINGS: Final = (dict, cabc.Mapping, cabc.MutableMapping)
+_PATH: Final = re.compile(r" - at `(?:key in )?(\$.*)`$")
+_STRIP: Final = {typing.Final, typing.ClassVar, typing.Required, typing.NotRequired}
+
+
+class Misfit(Exception):
+    """A part of a value that does not fit. `path` is built from the inside out."""
+
+    def __init__(self, message: str, expected: str, got: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.expected = expected
+        self.got = got
+        self.path: list[str] = []
+
+    def under(self, segment: str) -> Misfit:
+        """The same, one level further out."""
+        self.path.insert(0, segment)
+        return self
+
+
+class Node:
+    """Judges values of one type. `scalar` types are judged completely by one call into msgspec."""
+
+    scalar = False
+    trivial = False
+    expected = "any value"
+
+    def check(self, value: Any) -> None:
+        """Raise `Misfit` if the value does not fit."""
+
+    def misfit(self, value: Any, message: str | None = None) -> Misfit:
+        """What is wrong at this very place."""
+        got = type_text(type(value))
+        return Misfit(message or f"expected {self.expected}, got {got}", self.expected, got)
+
+
+class AnyNode(Node):
+    """Takes everything."""
+
+    trivial = True
+
+
+class InstanceNode(Node):
+    """Takes instances of a class that neither msgspec nor pydantic describes."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.expected = type_text(cls)
+
+    def check(self, value: Any) -> None:
+        try:
+            fits = isinstance(value, self.cls) or (self.cls is complex and isinstance(value, int | float))
+        except TypeError:
+            fits = True  # a protocol without runtime checks says nothing
+        if not fits:
+            raise self.misfit(value)
+
+
+class LeafNode(Node):
+    """Whatever one call of `msgspec.convert` decides. `exact`: of the type, not only convertible to it."""
+
+    def __init__(self, type_: Any, exact: bool, scalar: bool) -> None:
+        self.type = type_
+        self.exact = exact
+        self.scalar = scalar
+        self.expected = type_text(type_)
+
+    def check(self, value: Any) -> None:
+        try:
+            converted = convert(value, self.type)
+        except msgspec.ValidationError as error:
+            plain = _as_plain(value)
+            if plain is value:
+                raise self._describe(value, error) from None
+            try:
+                converted = convert(plain, self.type)
+            except msgspec.ValidationError as again:
+                raise self._describe(value, again) from None
+        if self.exact and converted is not value and not isinstance(value, type(converted)):
+            if not (type(converted) is float and isinstance(value, int)):
+                raise self.misfit(value)
+
+    def _describe(self, value: Any, error: msgspec.ValidationError) -> Misfit:
+        message = str(error)
+        found = _PATH.search(message)
+        if message.startswith("Expected `") and ", got `" in message and found is None:
+            return self.misfit(value)
+        text = message[: found.start()] if found else message
+        misfit = Misfit(text[:1].lower() + text[1:], self.expected, type_text(type(value)))
+        if found and found[1] != "$":
+            misfit.path.append(found[1][1:])
+        return misfit
+
+
+class ItemsNode(Node):
+    """A list, tuple, set or an abstract collection of one item type."""
+
+    def __init__(self, type_: Any, origin: type, item: Node, exact: bool, limits: Any, fast: bool) -> None:
+        self.origin = origin
+        self.item = item
+        self.exact = exact
+        self.limits = limits
+        self.fast = type_ if fast else None
+        self.expected = type_text(type_)
+
+    def check(self, value: Any) -> None:
+        if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(
+            value, self.origin if self.exact else (self.origin, *_ITEMS)
+        ):
+            raise self.misfit(value)
+        if not isinstance(value, _ITEMS):
+            return  # a lazy or foreign collection: looking at its items could consume or compute them
+        if self.fast is not None:
+            try:
+                convert(value, self.fast)
+                return
+            except msgspec.ValidationError:
+                pass  # item by item below: it finds the place, and takes a numpy.float64 for the float it is
+        check_limits(self, value, self.limits)
+        if self.item.trivial:
+            return
+        position = 0
+        try:
+            for element in value:
+                self.item.check(element)
+                position += 1
+        except Misfit as misfit:
+            raise misfit.under(f"[{position}]" if isinstance(value, list | tuple) else "[...]") from None
+
+
+class TupleNode(Node):
+    """A tuple of fixed length."""
+
+    def __init__(self, type_: Any, items: tuple[Node, ...], exact: bool) -> None:
+        self.items = items
+        self.exact = exact
+        self.expected = type_text(type_)
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, tuple if self.exact else (tuple, list)):
+            raise self.misfit(value)
+        if len(value) != len(self.items):
+            raise self.misfit(value, f"expected {len(self.items)} items, got {len(value)}")
+        for position, (node, element) in enumerate(zip(self.items, value, strict=True)):
+            try:
+                node.check(element)
+            except Misfit as misfit:
+                raise misfit.under(f"[{position}]") from None
+
+
+class MapNode(Node):
+    """A mapping of one key type and one value type."""
+
+    def __init__(self, type_: Any, origin: type, key: Node, item: Node, limits: Any, fast: bool) -> None:
+        self.origin = origin
+        self.key = key
+        self.item = item
+        self.limits = limits
+        self.fast = type_ if fast else None
+        self.expected = type_text(type_)
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, self.origin):
+            raise self.misfit(value)
+        if self.fast is not None and isinstance(value, dict):
+            try:
+                convert(value, self.fast)
+                return
+            except msgspec.ValidationError:
+                pass
+        check_limits(self, value, self.limits)
+        if self.key.trivial and self.item.trivial:
+            return
+        for key, element in value.items():
+            try:
+                self.key.check(key)
+            except Misfit as misfit:
+                misfit.message = f"key {key!r:.80}: {misfit.message}"
+                raise misfit from None
+            try:
+                self.item.check(element)
+            except Misfit as misfit:
+                raise misfit.under(_key(key)) from None
+
+
+class Field(typing.NamedTuple):
+    """A field of a class: the attribute, the key in a mapping, and who judges it."""
+
+    name: str
+    key: str
+    node: Node
+    required: bool
+
+
+class ObjectNode(Node):
+    """A Struct, dataclass, attrs class or TypedDict: instances are opened, mappings judged as what would become one."""
+
+    def __init__(self, cls: Any, mappings: bool) -> None:
+        self.cls = cls
+        self.base: Any = get_origin(cls) or cls
+        self.is_dict = typing.is_typeddict(self.base)
+        self.mappings = mappings or self.is_dict
+        self.expected = type_text(cls)
+        self.fields: tuple[Field, ...] = ()
+        self.twin: Any = None
+        self.rest: tuple[Field, ...] = ()
+        self.convertible = True
+
+    def fill(self, fields: Iterable[Field], types_: dict[str, Any]) -> None:
+        """Give it its fields; afterwards, since a field may be of this same class."""
+        self.fields = self.rest = tuple(fields)
+        self.convertible = _supported(self.cls)
+        scalars = [field for field in self.fields if field.node.scalar]
+        if len(scalars) > 1 and not self.is_dict:
+            # One call into msgspec judges all scalar fields of an instance.
+            twin = msgspec.defstruct("Fields", [(field.name, types_[field.name]) for field in scalars])
+            if _supported(twin):
+                self.twin = twin
+                self.rest = tuple(field for field in self.fields if not field.node.scalar)
+
+    def matches(self, value: Any) -> bool:
+        """True for an instance of the class."""
+        return not self.is_dict and isinstance(value, self.base)
+
+    def check(self, value: Any) -> None:
+        if self.matches(value):
+            self._instance(value)
+        elif self.mappings and isinstance(value, cabc.Mapping):
+            self._mapping(value)
+        else:
+            raise self.misfit(value)
+
+    def _instance(self, value: Any) -> None:
+        fields = self.fields
+        if self.twin is not None:
+            try:
+                convert(value, self.twin, from_attributes=True)
+                fields = self.rest
+            except msgspec.ValidationError:
+                pass
+        for field in fields:
+            try:
+                element = getattr(value, field.name)
+            except AttributeError:
+                raise self.misfit(value, f"the field {field.name!r} was never set").under(f".{field.name}") from None
+            if element is msgspec.UNSET:
+                continue
+            try:
+                field.node.check(element)
+            except Misfit as misfit:
+                raise misfit.under(f".{field.name}") from None
+
+    def _mapping(self, value: cabc.Mapping[Any, Any]) -> None:
+        for field in self.fields:
+            if field.key in value:
+                try:
+                    field.node.check(value[field.key])
+                except Misfit as misfit:
+                    raise misfit.under(f".{field.key}") from None
+            elif field.required:
+                raise self.misfit(value, f"the required field {field.key!r} is missing").under(f".{field.key}")
+        if not self.convertible:
+            return
+        # Tags, forbidden keys, and what a __post_init__ checks.
+        try:
+            convert(dict(value), self.cls)
+        except msgspec.ValidationError as error:
+            if not any(
+                _as_plain(value[field.key]) is not value[field.key] for field in self.fields if field.key in value
+            ):
+                raise LeafNode(self.cls, False, False)._describe(value, error) from None
+
+
+class ModelNode(Node):
+    """A pydantic model, by its own validator and in strict mode, since nothing is converted."""
+
+    def __init__(self, cls: Any, mappings: bool) -> None:
+        self.cls = cls
+        self.mappings = mappings
+        self.expected = type_text(cls)
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, self.cls) and not (self.mappings and isinstance(value, cabc.Mapping)):
+            raise self.misfit(value)
+        try:
+            self.cls.__pydantic_validator__.validate_python(value, strict=True)
+        except ValueError as error:
+            raise _from_pydantic(error, self.expected, value) from None
+
+
+class UnionNode(Node):
+    """Fits if one alternative does. An instance is judged by the alternative of its class alone."""
+
+    def __init__(self, type_: Any, choices: tuple[Node, ...]) -> None:
+        self.choices = choices
+        self.expected = type_text(type_)
+
+    def check(self, value: Any) -> None:
+        own = [node for node in self.choices if isinstance(node, ObjectNode) and node.matches(value)]
+        misfits: list[Misfit] = []
+        for node in sorted(own, key=lambda node: node.base is not type(value)) or self.choices:
+            try:
+                node.check(value)
+                return
+            except Misfit as misfit:
+                misfits.append(misfit)
+        # If exactly one alternative was the right kind of thing, what it found inside is the story.
+        deeper = [misfit for misfit in misfits if misfit.path]
+        if len(deeper) == 1:
+            raise deeper[0]
+        raise misfits[0] if len(misfits) == 1 else self.misfit(value)
+
+
+class Compiler:
+    """Turns types into nodes. `exact` forbids what is merely convertible, such as a mapping for a class."""
+
+    def __init__(self, *, exact: bool) -> None:
+        self.exact = exact
+        self.mappings = not exact
+        self._objects: dict[Any, ObjectNode] = {}
+
+    def node(self, type_: Any) -> Node:
+        """The node of a type. TypeError if neither msgspec nor pydantic knows it."""
+        type_, meta = unwrap(type_)
+        if type_ is Any or type_ is object:
+            return AnyNode()
+        if type_ is None:
+            type_ = type(None)
+        origin = get_origin(type_)
+        if origin in (Union, types.UnionType):
+            return self._union(type_, meta)
+        if origin is Literal:
+            return LeafNode(type_, self.exact, True)
+        if isinstance(type_, str | typing.TypeVar | typing.ForwardRef):
+            raise TypeError(f"the annotation {type_!r} is not a type")
+        base = origin or type_
+        if hasattr(base, "__pydantic_validator__"):
+            return ModelNode(type_, self.mappings)
+        if is_record(base):
+            return self._object(type_)
+        if base is tuple and get_args(type_) and get_args(type_)[-1] is not Ellipsis and get_args(type_) != ((),):
+            return TupleNode(type_, tuple(self.node(item) for item in get_args(type_)), self.exact)
+        if base in _ITEMS or base in _ABSTRACT:
+            return self._items(type_, base, meta)
+        if base in _MAPPINGS:
+            return self._map(type_, base, meta)
+        return self._plain(type_, base, meta)
+
+    def _plain(self, type_: Any, base: Any, meta: tuple[Any, ...]) -> Node:
+        whole = annotate(type_, meta)
+        if base in _SCALARS:
+            return LeafNode(whole, self.exact, True)
+        if not isinstance(base, type):
+            raise TypeError(f"{type_!r} is not a type that a value can have")
+        if base in _NATIVE or issubclass(base, enum.Enum):
+            return LeafNode(whole, self.exact, False)
+        # Iterators and callables are of their kind; what they will give is checked where it comes out.
+        return InstanceNode(base)
+
+    def _union(self, type_: Any, meta: tuple[Any, ...]) -> Node:
+        choices = tuple(self.node(choice) for choice in get_args(type_))
+        whole = annotate(type_, meta)
+        if all(node.scalar for node in choices) and _supported(whole):
+            return LeafNode(whole, self.exact, True)
+        return AnyNode() if any(node.trivial for node in choices) else UnionNode(type_, choices)
+
+    def _items(self, type_: Any, base: Any, meta: tuple[Any, ...]) -> Node:
+        arguments = get_args(type_)
+        item = self.node(arguments[0]) if arguments and arguments != ((),) else AnyNode()
+        whole = annotate(type_, meta)
+        fast = (item.scalar or item.trivial) and _supported(whole)
+        limits = annotate(list[Any], meta) if meta else None
+        return ItemsNode(whole, base, item, self.exact, limits, fast)
+
+    def _map(self, type_: Any, base: Any, meta: tuple[Any, ...]) -> Node:
+        arguments = get_args(type_) or (Any, Any)
+        key, item = self.node(arguments[0]), self.node(arguments[1])
+        whole = annotate(type_, meta)
+        fast = (key.scalar or key.trivial) and (item.scalar or item.trivial) and _supported(whole)
+        limits = annotate(dict[Any, Any], meta) if meta else None
+        return MapNode(whole, base, key, item, limits, fast)
+
+    def _object(self, type_: Any) -> Node:
+        known = self._objects.get(type_)
+        if known is not None:
+            return known
+        node = self._objects[type_] = ObjectNode(type_, self.mappings)
+        listed = list(fields_of(type_))
+        node.fill(
+            [Field(name, key, self.node(field_type), required) for name, key, field_type, required in listed],
+            {name: field_type for name, _, field_type, _ in listed},
+        )
+        return node
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def convert(value: Any, type_: Any, *, from_attributes: bool = False) -> Any:
+    """`msgspec.convert` by our rules: no conversions between native types, foreign classes by isinstance."""
+    return msgspec.convert(
+        value, type_, builtin_types=_NATIVE, dec_hook=_foreign, from_attributes=from_attributes, strict=True
+    )
+
+
+def _foreign(type_: Any, value: Any) -> Any:
+    base = get_origin(type_) or type_
+    if isinstance(base, type) and not isinstance(value, base):
+        raise ValueError(f"Expected `{type_text(base)}`, got `{type_text(type(value))}`")
+    return value
+
+
+def _supported(type_: Any) -> bool:
+    """True if msgspec can judge the type. It says so only when it is first used."""
+    try:
+        convert(_Nothing(), type_)
+    except msgspec.ValidationError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+class _Nothing:
+    __slots__ = ()
+
+
+def _as_plain(value: Any) -> Any:
+    """A subclass's instance as the builtin scalar it is: msgspec does not take a numpy.float64 for a float."""
+    if isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, float) and type(value) is not float:
+        return float(value)
+    if isinstance(value, bytes) and type(value) is not bytes:
+        return bytes(value)
+    return value
+
+
+def check_limits(node: Node, value: Any, limits: Any) -> None:
+    """Apply length limits of an `Annotated` container."""
+    if limits is None:
+        return
+    try:
+        convert(dict(value) if isinstance(value, cabc.Mapping) else list(value), limits)
+    except msgspec.ValidationError as error:
+        text = _PATH.sub("", str(error))
+        raise node.misfit(value, text[:1].lower() + text[1:]) from None
+
+
+def unwrap(type_: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The type without `Annotated`, `NewType`, aliases and qualifiers, and the msgspec constraints found on the way."""
+    meta: tuple[Any, ...] = ()
+    while True:
+        origin = get_origin(type_)
+        if origin is Annotated:
+            inner, *extra = get_args(type_)
+            meta = (*(each for each in extra if isinstance(each, msgspec.Meta)), *meta)
+            type_ = inner
+        elif origin in _STRIP:
+            type_ = get_args(type_)[0]
+        elif isinstance(type_, typing.NewType):
+            type_ = type_.__supertype__
+        elif type(type_).__name__ == "TypeAliasType" and hasattr(type_, "__value__"):
+            type_ = type_.__value__
+        else:
+            return type_, meta
+
+
+def annotate(type_: Any, meta: tuple[Any, ...]) -> Any:
+    """`Annotated[type_, *meta]`, or the type itself."""
+    for each in meta:
+        type_ = Annotated[type_, each]
+    return type_
+
+
+def is_record(base: Any) -> bool:
+    """True for a class with fields that msgspec knows: Struct, dataclass, attrs, TypedDict, NamedTuple."""
+    if not isinstance(base, type):
+        return False
+    return (
+        issubclass(base, msgspec.Struct)
+        or dataclasses.is_dataclass(base)
+        or hasattr(base, "__attrs_attrs__")
+        or typing.is_typeddict(base)
+        or (issubclass(base, tuple) and hasattr(base, "_fields"))
+    )
+
+
+def fields_of(type_: Any) -> Iterator[tuple[str, str, Any, bool]]:
+    """Attribute, key, type and whether it is required, of every field of a record class."""
+    base: Any = get_origin(type_) or type_
+    if issubclass(base, msgspec.Struct):
+        for field in msgspec.structs.fields(type_):
+            yield field.name, field.encode_name, field.type, field.required
+        return
+    hints = typing.get_type_hints(base, include_extras=True)
+    bound = dict(zip(getattr(base, "__parameters__", ()), get_args(type_), strict=False))
+    if typing.is_typeddict(base):
+        for name, hint in hints.items():
+            yield name, name, bound.get(hint, hint), name in base.__required_keys__
+        return
+    if dataclasses.is_dataclass(base):
+        for each in dataclasses.fields(base):
+            optional = each.default is not dataclasses.MISSING or each.default_factory is not dataclasses.MISSING
+            hint = hints[each.name]
+            yield each.name, each.name, bound.get(hint, hint), each.init and not optional
+        return
+    if hasattr(base, "__attrs_attrs__"):
+        for attribute in base.__attrs_attrs__:
+            hint = hints.get(attribute.name, Any)
+            # attrs marks "no default" by a member of an enum of its own.
+            missing = getattr(attribute.default, "name", None) == "NOTHING"
+            yield attribute.name, attribute.name, bound.get(hint, hint), attribute.init and missing
+        return
+    for name in base._fields:
+        hint = hints.get(name, Any)
+        yield name, name, bound.get(hint, hint), name not in base._field_defaults
+
+
+def type_text(type_: Any) -> str:
+    """A type as one would write it, without `typing.` and without the module of a builtin."""
+    type_, _ = unwrap(type_)
+    if type_ is type(None) or type_ is None:
+        return "None"
+    if isinstance(type_, type) and get_origin(type_) is None:
+        return type_.__qualname__ if type_.__module__ == "builtins" else f"{type_.__module__}.{type_.__qualname__}"
+    if get_origin(type_) in (Union, types.UnionType):
+        return " | ".join(type_text(choice) for choice in get_args(type_))
+    return str(type_).replace("typing.", "")
+
+
+def _key(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r:.80}]"
+
+
+def _from_pydantic(error: ValueError, expected: str, value: Any) -> Misfit:
+    describe: Callable[..., list[dict[str, Any]]] | None = getattr(error, "errors", None)
+    if describe is None:
+        return Misfit(str(error), expected, type_text(type(value)))
+    problems = describe(include_url=False, include_context=False, include_input=False)
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    misfit = Misfit(f"{first['msg'][:1].lower()}{first['msg'][1:]}{more}", expected, type_text(type(value)))
+    misfit.path = [f"[{part}]" if isinstance(part, int) else _key(part) for part in first["loc"]]
+    return misfit
