@@ -77,7 +77,10 @@ class Words(msgspec.Struct, frozen=True):
 
 
 def python_files(root: str) -> Iterator[str]:
-    """Paths of the Python files under `root`, relative, in a fixed order. Folders that cannot be listed are passed over."""
+    """Paths of the Python files under `root`, relative, in a fixed order.
+
+    Folders that cannot be listed are passed over.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in _NOT_SOURCE and not name.startswith("."))
         for name in sorted(names):
