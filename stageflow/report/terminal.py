@@ -1,0 +1,169 @@
+"""A finished run on a terminal, in a pipe, or in a file: one table of stages, the failures, and where the CPU went.
+
+Everything returns rich renderables or text; nothing here prints. rich is imported when a table is made, not before.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+import msgspec
+import psutil
+
+from stageflow.observability.stats import StageStats
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+#: a pipe has no width; this one fits the table and most editors
+_PIPE_WIDTH: Final = 120
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def console(stream: TextIO) -> Console:
+    """A console for `stream` that neither wraps nor colours what goes into a pipe, and honours NO_COLOR and COLUMNS."""
+    from rich.console import Console
+
+    width = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else _PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False, markup=False)
+
+
+def seconds(value: float) -> str:
+    """A duration for people: 420 µs, 12 ms, 3.4 s, 2 min 05 s."""
+    if value <= 0:
+        return "-"
+    if value < 0.001:
+        return f"{value * 1e6:.0f} µs"
+    if value < 0.9995:
+        return f"{value * 1e3:.0f} ms"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def size(value: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    if value <= 0:
+        return "-"
+    unit = 0
+    while value >= 999.5 and unit < len(_UNITS) - 1:
+        value /= 1000
+        unit += 1
+    return f"{value:.0f} {_UNITS[unit]}" if unit == 0 or value >= 99.5 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def stage_table(stats: Iterable[StageStats]) -> Table:
+    """One row per stage: lane, items, how they ended, wall, CPU, bytes in and out, the longest wait and its reason."""
+    from rich import box
+    from rich.table import Table
+
+    rows = list(stats)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("lane", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    for heading in ("items", "wall", "CPU", "in", "out", "waiting"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.stage,
+            row.lane or "-",
+            _outcome(row),
+            f"{row.items_in:,}",
+            seconds(row.wall_seconds),
+            seconds(row.cpu_seconds),
+            size(row.bytes_in),
+            size(row.bytes_out),
+            waiting(row),
+            style="red" if row.failed else "",
+        )
+    return table
+
+
+def _outcome(row: StageStats) -> str:
+    parts = [
+        f"{count:,} {word}"
+        for count, word in (
+            (row.failed, "failed"),
+            (row.dropped, "dropped"),
+            (row.cancelled, "cancelled"),
+            (row.retried, "retried"),
+        )
+        if count
+    ]
+    if row.status in ("pending", "skip", "cancel", "fail") or not parts:
+        parts.insert(
+            0,
+            {"pending": "not run", "skip": "skipped", "cancel": "cancelled", "fail": "failed"}.get(
+                row.status, row.status
+            ),
+        )
+    return ", ".join(dict.fromkeys(parts))
+
+
+def waiting(row: StageStats) -> str:
+    """The longest wait of a stage and what for; the reasons add up over its items, so this may exceed the wall time."""
+    if not row.wait:
+        return seconds(row.queued_seconds)
+    reason, longest = max(row.wait.items(), key=lambda pair: pair[1])
+    return f"{seconds(longest)} {reason}" if longest >= 0.0005 else "-"
+
+
+class CpuSplit(msgspec.Struct, frozen=True):
+    """CPU seconds of this process, and of every process it started."""
+
+    parent: float
+    workers: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.parent + self.workers
+
+    @property
+    def parent_share(self) -> float:
+        """0..1; 0 when nothing was used."""
+        return self.parent / self.total if self.total > 0 else 0.0
+
+
+class CpuMeter:
+    """Measures from its creation to `split`. Processes that ended in between count by what `stats` knows of them."""
+
+    def __init__(self, *, without: Collection[int] = ()) -> None:
+        self._without = frozenset(without)
+        self._workers = self._read()
+        self._parent = time.process_time()
+
+    def split(self, stats: Mapping[str, StageStats] | None = None) -> CpuSplit:
+        """CPU used since; call it before the engine closes, while its workers can be asked."""
+        parent = time.process_time() - self._parent
+        workers = sum(used - self._workers.get(pid, 0.0) for pid, used in self._read().items())
+        told = sum(row.cpu_seconds for row in stats.values() if row.lane == "process") if stats else 0.0
+        return CpuSplit(parent, max(workers, told, 0.0))
+
+    def _read(self) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for process in psutil.Process().children(recursive=True):
+            if process.pid in self._without:
+                continue
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                found[process.pid] = times.user + times.system
+        return found
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with whatever JSON has no word for as text; large byte strings as their length."""
+    return msgspec.to_builtins(value, enc_hook=_as_text, str_keys=True, builtin_types=())
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, memoryview | bytearray):
+        return f"<{len(value)} bytes>"
+    return repr(value)
