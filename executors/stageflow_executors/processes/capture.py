@@ -1,0 +1,223 @@
+"""What a call prints, logs and warns comes back as notes, in order, tagged with its call; what it did to the process is undone.
+
+Notes: kind "print" {stream, text}; kind "log" {logger, level, message, exc, time}. Bounded per call.
+Loaded in workers only.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+from stageflow_executors.processes import channel as ch
+
+if TYPE_CHECKING:
+    from stageflow_executors.processes.worker_main import Worker
+
+MAX_TEXT: Final = 256 * 1024  #: characters of prints and logs kept per call
+MAX_LINE: Final = 16 * 1024
+
+_worker: Worker | None = None
+_spent_by: int = 0
+_spent: int = 0
+
+
+def _send(kind: str, size: int, data: dict[str, Any]) -> None:
+    global _spent_by, _spent
+    worker = _worker
+    if worker is None or os.getpid() != worker.pid:
+        return
+    current = worker.current
+    call_id = current.call_id if current is not None else 0
+    if call_id != _spent_by:
+        _spent_by, _spent = call_id, 0
+    before, _spent = _spent, _spent + size
+    if before > MAX_TEXT:
+        return
+    if _spent > MAX_TEXT:
+        data = {
+            "logger": "stageflow",
+            "level": 30,
+            "message": f"more than {MAX_TEXT} characters of output: the rest is dropped",
+        }
+        kind = "log"
+    worker.post([ch.NOTE, call_id, kind, data], now=False)
+    worker.flush_soon()
+
+
+class Stream(io.TextIOBase):
+    """Stands for sys.stdout or sys.stderr: whole lines become notes."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        super().__init__()
+        self._name = name
+        self._fd = fd
+        self._rest = ""
+        self.buffer = _Bytes(self)
+
+    encoding = "utf-8"
+    errors = "replace"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As the interpreter calls the stream."""
+        return f"<{self._name}>"
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def isatty(self) -> bool:
+        """A worker has no terminal."""
+        return False
+
+    def fileno(self) -> int:
+        """The raw descriptor, for programs started by a stage."""
+        return self._fd
+
+    def write(self, text: str) -> int:
+        """Collect; send whole lines."""
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        rest = self._rest + text
+        if "\n" in text or len(rest) > MAX_LINE:
+            lines, newline, rest = rest.rpartition("\n")
+            if not newline:
+                lines, rest = rest, ""
+            for at in range(0, len(lines) + 1, MAX_LINE):
+                piece = lines[at : at + MAX_LINE]
+                _send(
+                    "print",
+                    len(piece) + 1,
+                    {"stream": self._name, "text": piece + ("\n" if at + MAX_LINE > len(lines) else "")},
+                )
+                if at > MAX_TEXT:
+                    break
+        self._rest = rest
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back but an unfinished line, which the end of the call sends."""
+
+    def finish(self) -> None:
+        """Send an unfinished line."""
+        if self._rest:
+            rest, self._rest = self._rest, ""
+            _send("print", len(rest), {"stream": self._name, "text": rest})
+
+
+class _Bytes(io.RawIOBase):
+    """`sys.stdout.buffer`: bytes, decoded leniently."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        raw = bytes(data)
+        self._stream.write(raw.decode("utf-8", "replace"))
+        return len(raw)
+
+
+class Handler(logging.Handler):
+    """Log records as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Never raises."""
+        try:
+            message = record.getMessage()[:MAX_LINE]
+            exc = "".join(traceback.format_exception(*record.exc_info))[:MAX_LINE] if record.exc_info else None
+            _send(
+                "log",
+                len(message) + 1,
+                {
+                    "logger": record.name,
+                    "level": record.levelno,
+                    "message": message,
+                    "exc": exc,
+                    "time": record.created,
+                },
+            )
+        except Exception:
+            self.handleError(record)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    _send(
+        "log",
+        len(text),
+        {"logger": "py.warnings", "level": logging.WARNING, "message": text, "exc": None, "time": time.time()},
+    )
+
+
+_umask = 0
+_cwd = ""
+_cwd_id: tuple[int, int] | None = None
+_streams: tuple[Stream, Stream]
+
+
+def install(worker: Worker, settings: dict[str, Any]) -> None:
+    """Take over the streams, the root logger and warnings of this process."""
+    global _worker, _umask, _cwd, _cwd_id, _streams
+    _worker = worker
+    _streams = (Stream("stdout", 1), Stream("stderr", 2))
+    _take_streams()
+    root = logging.getLogger()
+    root.handlers[:] = [Handler()]
+    root.setLevel(settings.get("log_level", logging.WARNING))
+    warnings.showwarning = _show_warning
+    _umask = os.umask(0)
+    os.umask(_umask)
+    try:
+        _cwd = os.getcwd()
+        found = os.stat(".")
+        _cwd_id = (found.st_dev, found.st_ino)
+    except OSError:
+        _cwd_id = None
+
+
+def _take_streams() -> None:
+    sys.stdout = sys.__stdout__ = _streams[0]  # type: ignore[assignment,misc]
+    sys.stderr = sys.__stderr__ = _streams[1]  # type: ignore[assignment,misc]
+
+
+def flush_streams() -> None:
+    """The end of a call ends its last line."""
+    for stream in _streams:
+        if stream._rest:
+            stream.finish()
+
+
+def restore_process() -> None:
+    """Working directory, umask and streams as they were before the call."""
+    os.umask(_umask)
+    if _cwd_id is not None:
+        try:
+            found = os.stat(".")
+            moved = (found.st_dev, found.st_ino) != _cwd_id
+        except OSError:
+            moved = True
+        if moved:
+            try:
+                os.chdir(_cwd)
+            except OSError:
+                pass
+    if sys.stdout is not _streams[0] or sys.stderr is not _streams[1]:
+        _take_streams()

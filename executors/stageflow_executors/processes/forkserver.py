@@ -1,0 +1,296 @@
+"""The fork server: a bare process that forks workers, buries them, and leaves nothing behind when the engine dies.
+
+Started by exec as a script, with one thread and no loop, so that it forks cheaply and cleanly:
+
+    python forkserver.py CONTROL_FD ENGINE_PIDFD [MODULE_NOT_TO_PRELOAD ...]
+
+It reads marshalled requests from its control socket: a configuration first, then fork requests with the worker's descriptors. It
+answers `started` with a pidfd, `ended` with the wait status and peak memory (only the parent of a process can learn those),
+`failed`, and `preload` with what could not be imported. Answers are queued: it never blocks on a parent that does not read.
+
+When the engine ends, by whatever signal (its pidfd, or end of file), it kills and reaps every descendant and exits.
+
+May import the standard library only, and none of the package, before the first fork request: it is executed by path.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import importlib
+import marshal
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any, Final
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_CHILD_SUBREAPER: Final = 36
+SCM_ROOM: Final = socket.CMSG_SPACE(16 * 4)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux prctl(2) with one argument."""
+    if _libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def children() -> set[int]:
+    """Pids of this single-threaded process's children: forked, adopted, and dead but not yet reaped."""
+    me = os.getpid()
+    try:
+        with open(f"/proc/self/task/{me}/children") as listed:
+            return {int(pid) for pid in listed.read().split()}
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        found = set()
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/stat", "rb") as stat:
+                        if int(stat.read().rpartition(b")")[2].split()[1]) == me:
+                            found.add(int(name))
+                except (OSError, IndexError, ValueError):
+                    pass
+        return found
+
+
+def kill(pid: int) -> None:
+    """SIGKILL a child. Its number cannot be a stranger's: nobody but us reaps it."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL the process group that a worker leads."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # it had not come to its setsid yet; the sweep finds it by pid
+
+
+def sweep_all() -> None:
+    """Kill and reap until no child is left.
+
+    Kills all, then reaps ONE, in turn: a child's death makes its own children ours, and those are alive.
+    """
+    while True:
+        for pid in children():
+            kill(pid)
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def thread_count() -> int:
+    """Threads of this process, those of C libraries included."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 1
+
+
+class Server:
+    """The one loop."""
+
+    def __init__(self, control: socket.socket, engine: int, excluded: list[str]) -> None:
+        self.control = control
+        self.engine = engine
+        self.excluded = excluded
+        self.workers: dict[int, int] = {}  # pid -> the parent's number of the worker
+        self.answers: list[tuple[bytes, int]] = []  # (message, descriptor to pass and close, or -1)
+        self.configured = False
+        self.settings: dict[str, Any] = {}
+        self.bell, self.ringer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    # ------------------------------------------------------------ answers
+
+    def answer(self, *message: Any, fd: int = -1) -> None:
+        self.answers.append((marshal.dumps(message), fd))
+        self.flush()
+
+    def flush(self) -> None:
+        while self.answers:
+            data, fd = self.answers[0]
+            extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+            try:
+                self.control.sendmsg([data], extra, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.answers.clear()  # the engine is gone; its pidfd or end of file says so in the next turn
+                return
+            del self.answers[0]
+            if fd >= 0:
+                os.close(fd)
+
+    # ------------------------------------------------------------ configuration and preload
+
+    def configure(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        sys.path[:] = settings["sys_path"]
+        try:
+            os.chdir(settings["cwd"])
+        except OSError:
+            pass
+        problems = []
+        for name in [*settings["own_modules"], *settings["preload"]]:
+            if name in self.excluded or name in sys.modules:
+                continue
+            before = thread_count()
+            try:
+                importlib.import_module(name)
+            except BaseException as error:
+                if name in settings["own_modules"]:
+                    self.answer("broken", f"cannot import {name}: {traceback.format_exc()}")
+                problems.append((name, f"{type(error).__name__}: {error}"))
+            if thread_count() > before and not self.workers:
+                # A fork would copy locks those threads hold. Nothing was forked yet and the configuration is only peeked at, so
+                # a fresh image of this very process starts over, without the module.
+                self.answer("threads", name)
+                os.execv(sys.executable, [*settings["command"], *self.excluded, name])
+        if problems:
+            self.answer("preload", problems)
+        import gc
+
+        gc.collect()
+        gc.freeze()
+
+    # ------------------------------------------------------------ life and death of workers
+
+    def bury(self) -> Iterator[tuple[int, int, int]]:
+        """Reap what died; yield (number, wait status, peak KiB) of workers, whose group and orphans go with them."""
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if dead is None:
+                return
+            if dead.si_pid in self.workers:
+                kill_group(dead.si_pid)  # before it is reaped: until then the number cannot be given to another
+            pid, status, usage = os.wait4(dead.si_pid, 0)
+            for orphan in children() - self.workers.keys():
+                kill(orphan)
+            number = self.workers.pop(pid, None)
+            if number is not None:
+                yield number, status, usage.ru_maxrss
+
+    def fork(self, number: int, extra: dict[str, Any], fds: list[int]) -> None:
+        try:
+            pid = self._fork(number, extra, fds)
+        except OSError as error:
+            self.answer("failed", number, f"fork: {error}")
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.workers[pid] = number
+        pidfd = -1
+        if hasattr(os, "pidfd_open") and not self.settings.get("no_pidfd"):
+            try:
+                pidfd = os.pidfd_open(pid)  # made here, where the pid cannot be reused
+            except OSError:
+                pass
+        self.answer("started", number, pid, fd=pidfd)
+
+    def _fork(self, number: int, extra: dict[str, Any], fds: list[int]) -> int:
+        server = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # bound to this server's only thread
+            if os.getppid() != server:
+                os._exit(1)
+            os.setsid()
+            prctl(PR_SET_CHILD_SUBREAPER, 1)  # a stage's daemons stay below this worker while it lives
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self.control.close()
+            for fd in {self.engine, self.bell, self.ringer, *(fd for _, fd in self.answers)} - {-1}:
+                os.close(fd)
+            from stageflow_executors.processes import worker_main
+
+            worker_main.main(number, {**self.settings, **extra}, fds)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    # ------------------------------------------------------------ loop
+
+    def request(self) -> bool:
+        """Handle one request; False at end of file."""
+        flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        if not self.configured:
+            flags |= socket.MSG_PEEK
+        try:
+            data, ancillary, _, _ = self.control.recvmsg(1 << 18, SCM_ROOM, flags)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        fds: list[int] = []
+        for _, _, packed in ancillary:
+            fds.extend(memoryview(packed).cast("i"))
+        request = marshal.loads(data)
+        if request[0] == "configure":
+            self.configure(request[1])
+            if not self.configured:
+                self.control.recv(1 << 18)  # only now: a re-exec reads it again
+                self.configured = True
+        elif request[0] == "fork":
+            self.fork(request[1], request[2], fds)
+        return True
+
+    def serve(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's business
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        # No PDEATHSIG for the server itself: it would strike when the engine's *thread* that started it ends.
+        signal.set_wakeup_fd(self.ringer)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poll = select.poll()
+        poll.register(self.bell, select.POLLIN)
+        if self.engine >= 0:
+            poll.register(self.engine, select.POLLIN)
+        control = self.control.fileno()
+        while True:
+            poll.register(control, select.POLLIN | select.POLLOUT if self.answers else select.POLLIN)
+            # Without a pidfd of the engine a changed parent pid tells its death, also when a user's fork keeps our socket open.
+            ready = dict(poll.poll(None if self.engine >= 0 else 200))
+            if self.engine in ready or os.getppid() != self.settings.get("engine_pid", os.getppid()):
+                break
+            if self.bell in ready:
+                os.read(self.bell, 4096)
+                for number, status, peak in self.bury():
+                    self.answer("ended", number, status, peak)
+            if ready.get(control, 0) & select.POLLOUT:
+                self.flush()
+            if ready.get(control, 0) & ~select.POLLOUT and not self.request():
+                break
+        for pid in self.workers:
+            kill_group(pid)
+        sweep_all()
+
+
+def main() -> None:
+    """Entry point of the script."""
+    server = Server(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3:])
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)

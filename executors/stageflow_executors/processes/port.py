@@ -1,0 +1,91 @@
+"""`ProcessPort`: what a running call may ask of its worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from stageflow_executors.processes import channel as ch
+from stageflow_executors.processes import status
+
+if TYPE_CHECKING:
+    from stageflow_executors.processes.worker_main import Worker
+
+
+class ProcessPort:
+    """One per call; answers to `stageflow.core.worker.WorkerPort`. Any thread."""
+
+    __slots__ = ("_callbacks", "_page", "_seen", "_slot", "_words", "_worker", "call_id", "closed")
+    lane = "process"
+
+    def __init__(self, worker: Worker, call_id: int) -> None:
+        self._worker = worker
+        self._page = worker.page
+        self._words = worker.page.words
+        self._seen = self._words[status.CANCEL_SEQ]
+        self._slot: int | None = None
+        self._callbacks: list[Callable[[], None]] | None = None
+        self.call_id = call_id
+        self.closed = False
+
+    @property
+    def worker_pid(self) -> int:
+        """The worker's pid."""
+        return self._worker.pid
+
+    def cancelled(self) -> bool:
+        """True once the parent wrote this call's number into the status page."""
+        if self._slot is not None:
+            return True
+        seen = self._words[status.CANCEL_SEQ]
+        if seen == self._seen:
+            return False
+        self._slot = self._page.cancel_slot(self.call_id)
+        self._seen = seen
+        return self._slot is not None
+
+    def cancel_reason(self) -> str | None:
+        """The reason beside the request; None if there is none."""
+        return self._page.cancel_reason(self._slot) if self.cancelled() and self._slot is not None else None
+
+    def progress(self, done: float, total: float) -> None:
+        """Two stores into the status page."""
+        if not self.closed:
+            self._page.doubles[status.TOTAL] = total
+            self._page.doubles[status.DONE] = done
+
+    def note(self, kind: str, data: Any) -> None:
+        """Send at once: what is said must be heard also if the worker dies in the next moment."""
+        self._worker.post([ch.NOTE, self.call_id, kind, data])
+
+    def buffer(self, nbytes: int) -> memoryview:
+        """Memory in the worker's arena. Raises SharedMemoryFullError."""
+        return self._worker.memory.lend(nbytes)
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """`callback` runs on a watching thread, within about 20 ms of the request."""
+        if self._callbacks is None:
+            self._callbacks = []
+            self._callbacks.append(callback)
+            threading.Thread(target=self._watch, name="stageflow-cancel", daemon=True).start()
+        else:
+            self._callbacks.append(callback)
+
+    def _watch(self) -> None:
+        while not self.closed:
+            if self.cancelled():
+                for callback in self._callbacks or ():
+                    try:
+                        callback()
+                    except Exception as error:
+                        self.note(
+                            "log", {"logger": "stageflow", "level": 40, "message": f"on_cancel callback: {error!r}"}
+                        )
+                return
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """The call has ended."""
+        self.closed = True

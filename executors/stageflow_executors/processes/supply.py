@@ -1,0 +1,686 @@
+"""The supply: the fork server, the workers and the parent's shared memory of an engine. Bound to no loop, thread-safe.
+
+Lanes borrow workers from it and give them back; one lock is taken per borrowing, never per call. Reports of the fork server are
+read by whichever lane is open (`pump`).
+
+May import `stageflow.core`, this package and the standard library; no asyncio, so that a supply can be warmed up before a loop.
+"""
+
+from __future__ import annotations
+
+import array
+import marshal
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from stageflow.core.errors import DefinitionError, WorkerStartError
+from stageflow_executors.processes import channel as ch
+from stageflow_executors.processes import status
+from stageflow_executors.processes.machine import THREAD_VARIABLES, oom_kills, usable_cores, usable_memory
+from stageflow_executors.processes.shipping import Shipping
+from stageflow_executors.processes.status import StatusPage
+from stageflow_executors.shm.arena import Arena, Segment, create_anonymous
+from stageflow_executors.shm.codec import Key
+from stageflow_executors.shm.lease import Books
+
+MAX_FAILED_STARTS: Final = 3
+RETRY_STARTS_AFTER: Final = 1.0
+TAIL: Final = 16 * 1024
+PARENT: Final = 0  #: the parent's number as an owner of segments
+_OWN_MODULES: Final = ("stageflow_executors.processes.worker_main",)
+_CONTROL_ROOM: Final = socket.CMSG_SPACE(4 * 4)
+
+
+class Borrower(Protocol):
+    """A lane, as the supply sees it. Both methods may be called from any thread."""
+
+    def granted(self, worker: WorkerHandle) -> None: ...
+    def reported(self, worker: WorkerHandle) -> None: ...
+    def held(self) -> int: ...
+
+
+class WorkerHandle:
+    """The parent's side of one worker."""
+
+    def __init__(
+        self, number: int, channel: ch.Channel, peer: socket.socket | None, page: StatusPage, output: int
+    ) -> None:
+        self.number = number
+        self.channel = channel
+        self.peer = peer
+        self.page = page
+        self.output = output
+        self.pid = 0
+        self.pidfd = -1
+        self.process: subprocess.Popen[bytes] | None = None
+        self.lane: Borrower | None = None
+        self.ready = False
+        self.ended: tuple[int, int] | None = None  #: wait status, peak resident KiB
+        self.failed: str | None = None  #: why it could not be started
+        self.removed = False
+        self.retiring = False
+        self.killed = False  #: by us, on purpose
+        self.said_bye = False
+        self.started_at = time.monotonic()
+        self.idle_since = 0.0
+        self.calls = 0
+        self.base_anon = 0
+        self.checked_at = 0.0
+        self.tail = bytearray()
+        self.functions: set[int] = set()
+        self.segments: set[int] = set()
+        self.main_version = 0
+        self.leases: Counter[Key] = Counter()
+
+    def read_output(self) -> None:
+        """Keep the end of what the worker wrote to its raw descriptors 1 and 2."""
+        if self.output < 0:
+            return
+        try:
+            while data := os.read(self.output, 65536):
+                self.tail += data
+                if len(self.tail) > 4 * TAIL:
+                    del self.tail[:-TAIL]
+                if len(data) < 65536:
+                    break
+        except (BlockingIOError, OSError):
+            return
+
+    def stderr_tail(self) -> str:
+        """The last 16 KiB of raw output."""
+        self.read_output()
+        return bytes(self.tail[-TAIL:]).decode("utf-8", "replace")
+
+    def kill(self) -> None:
+        """SIGKILL, to the process that we started and to no other that may have its number by now."""
+        self.killed = True
+        try:
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            elif self.process is not None:
+                self.process.kill()
+            elif self.pid and self.ended is None:
+                os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def memory(self) -> tuple[int, int]:
+        """(resident, resident without files and shared memory) in bytes; zeros when it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as statm:
+                _, resident, shared, *_ = statm.read().split()
+        except (OSError, ValueError):
+            return 0, 0
+        page = os.sysconf("SC_PAGESIZE")
+        return int(resident) * page, (int(resident) - int(shared)) * page
+
+    def close(self) -> None:
+        """Give every descriptor back."""
+        self.channel.close()
+        if self.peer is not None:
+            self.peer.close()
+            self.peer = None
+        for fd in (self.pidfd, self.output):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.output = -1
+
+
+class WorkerSupply:
+    """Owns processes and shared memory. Close it explicitly; an interpreter exit closes what was forgotten."""
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        min_workers: int = 0,
+        start_method: str | None = None,
+        preload: Sequence[str] = (),
+        idle_timeout: float | None = 60.0,
+        inline_threshold: int = 65536,
+        memory_limit: int | None = None,
+        worker_memory_limit: int | None = None,
+        max_tasks_per_child: int | None = None,
+        initializer: bytes | None = None,
+        memfd: bool | None = None,
+    ) -> None:
+        self.max_workers = max_workers if max_workers is not None else usable_cores()
+        if self.max_workers < 1:
+            raise DefinitionError(f"max_workers must be at least 1, not {self.max_workers}")
+        self.min_workers = min_workers
+        default = "forkserver" if sys.platform == "linux" else "spawn"
+        self.start_method = start_method or os.environ.get("STAGEFLOW_START_METHOD") or default
+        if self.start_method not in ("forkserver", "spawn"):
+            raise DefinitionError(
+                f"start_method {self.start_method!r} is not known", hint="use 'forkserver' (own fork server) or 'spawn'"
+            )
+        self.preload = list(preload)
+        self.idle_timeout = idle_timeout
+        self.inline_threshold = min(inline_threshold, ch.MAX_MESSAGE * 2 // 3)
+        self.memory_limit = memory_limit if memory_limit is not None else int(usable_memory() * 0.6)
+        self.worker_memory_limit = worker_memory_limit
+        self.max_tasks_per_child = max_tasks_per_child
+        self.initializer = initializer
+        self.memfd = memfd
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.shipping = Shipping()
+        self.books = Books()
+        self.arena = Arena(PARENT, budget=self._budget, on_segment=self._own_segment, memfd=memfd)
+        self.workers: dict[int, WorkerHandle] = {}
+        self.idle: list[WorkerHandle] = []
+        self.waiting: deque[Borrower] = deque()
+        self.lanes: list[Borrower] = []
+        self.server: subprocess.Popen[bytes] | None = None
+        self.control: socket.socket | None = None
+        self.closed = False
+        self.problems: list[str] = []  #: what the fork server could not preload
+        self.broken: str | None = None
+        self._broken_at = 0.0
+        self._failed_starts = 0
+        self._configured = False
+        self._numbers = 0
+        self.oom_before = oom_kills()
+        _all_supplies.add(self)
+
+    # ------------------------------------------------------------ shared memory
+
+    def _budget(self) -> int:
+        return self.memory_limit - sum(w.page.words[status.RESERVED] for w in list(self.workers.values()))
+
+    def _own_segment(self, segment: Segment) -> None:
+        self.books.add_segment(segment.sid, segment.size, os.dup(segment.read_fd))
+
+    def collect(self) -> None:
+        """Give the parent's own blocks that nobody reads any more back to its arena."""
+        for key in self.books.take_freed(PARENT):
+            self.arena.free(key)
+        if self.arena.closed:
+            closed, self.arena.closed = self.arena.closed, []
+            self.books.forget(closed)
+
+    def set_limit(self, worker: WorkerHandle) -> None:
+        """Tell `worker` how much shared memory it may hold, as far as the others leave it."""
+        others = self.arena.reserved + sum(
+            w.page.words[status.RESERVED] for w in list(self.workers.values()) if w is not worker
+        )
+        worker.page.words[status.LIMIT] = max(0, self.memory_limit - others)
+
+    # ------------------------------------------------------------ the fork server
+
+    def prestart(self) -> None:
+        """Start the fork server's interpreter now; it comes up beside the caller's imports. Cheap if it runs."""
+        with self.lock:
+            if self.start_method == "forkserver" and self.server is None and not self.closed:
+                self._start_server()
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        threads = str(max(1, usable_cores() // self.max_workers))
+        for name in THREAD_VARIABLES:
+            environment.setdefault(name, threads)
+        environment["STAGEFLOW_IN_WORKER"] = "1"
+        return environment
+
+    def _start_server(self) -> None:
+        from stageflow_executors.processes import forkserver
+
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        me = -1
+        try:
+            me = os.pidfd_open(os.getpid())
+        except (AttributeError, OSError):
+            pass  # an old kernel or a sandbox: the server watches end of file and its parent's pid
+        passed = (theirs.fileno(),) if me < 0 else (theirs.fileno(), me)
+        self._command = [sys.executable, *_interpreter_flags(), forkserver.__file__, str(theirs.fileno()), str(me)]
+        try:
+            self.server = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=passed,
+                start_new_session=True,
+                env=self._environment(),
+            )
+        except OSError as error:
+            ours.close()
+            raise WorkerStartError(f"the fork server could not be started: {error}", reason=str(error)) from error
+        finally:
+            theirs.close()
+            if me >= 0:
+                os.close(me)
+        self.control = ours
+        self._configured = False
+
+    def _settings(self) -> dict[str, Any]:
+        import logging
+
+        return {
+            "sys_path": list(sys.path),
+            "cwd": _cwd(),
+            "engine_pid": self.pid,
+            "own_modules": list(_OWN_MODULES),
+            "preload": self.preload,
+            "command": getattr(self, "_command", []),
+            "inline_threshold": self.inline_threshold,
+            "log_level": logging.getLogger().getEffectiveLevel(),
+            "memfd": self.memfd,
+            "argv": list(sys.argv),
+        }
+
+    def _configure(self) -> None:
+        assert self.control is not None
+        self.preload = [name for name in dict.fromkeys(self.preload) if self.shipping.importable(name)]
+        self.control.sendall(marshal.dumps(("configure", self._settings())))
+        self._configured = True
+
+    def pump(self) -> None:
+        """Read the fork server's reports, without waiting; tells the lanes concerned."""
+        reported: list[WorkerHandle] = []
+        with self.lock:
+            while self.control is not None:
+                try:
+                    data, ancillary, _, _ = self.control.recvmsg(
+                        65536, _CONTROL_ROOM, ch.MSG_CMSG_CLOEXEC | ch.MSG_DONTWAIT
+                    )
+                except BlockingIOError:
+                    break
+                except OSError:
+                    data, ancillary = b"", []
+                if not data:
+                    reported.extend(self._server_lost())
+                    break
+                worker = self._report(marshal.loads(data), ch.unpack_fds(ancillary))
+                if worker is not None:
+                    reported.append(worker)
+            for worker in reported:
+                if worker.lane is None and (worker.ended is not None or worker.failed is not None):
+                    self.remove(worker)
+        for worker in reported:
+            if worker.lane is not None:
+                worker.lane.reported(worker)
+
+    def _report(self, report: Sequence[Any], fds: list[int]) -> WorkerHandle | None:
+        kind = report[0]
+        if kind == "preload":
+            self.problems.extend(f"{name}: {why}" for name, why in report[1])
+        elif kind == "threads":
+            self.problems.append(f"{report[1]}: importing it starts threads, so it is not preloaded")
+        elif kind == "broken":
+            self._failed_starts = MAX_FAILED_STARTS
+            self._break(report[1])
+        worker = self.workers.get(report[1]) if kind in ("started", "ended", "failed") else None
+        if worker is None:
+            for fd in fds:
+                os.close(fd)
+            return None
+        if kind == "started":
+            worker.pid = report[2]
+            worker.pidfd = fds[0] if fds else -1
+        elif kind == "ended":
+            worker.ended = (report[2], report[3])
+        else:
+            worker.failed = report[2]
+        return worker
+
+    def _server_lost(self) -> list[WorkerHandle]:
+        """The fork server is gone, and by PDEATHSIG every worker with it."""
+        assert self.control is not None
+        self.control.close()
+        self.control = None
+        code = None
+        if self.server is not None:
+            try:
+                code = self.server.wait(5)
+            except subprocess.TimeoutExpired:
+                self.server.kill()
+                code = self.server.wait()
+            self.server = None
+        lost = [w for w in self.workers.values() if w.ended is None and w.failed is None]
+        for worker in lost:
+            if worker.pid:
+                worker.ended = (signal.SIGKILL, 0)
+            else:
+                worker.failed = f"the fork server ended with status {code}"
+        return lost
+
+    # ------------------------------------------------------------ workers
+
+    def start_worker(self, lane: Borrower | None) -> WorkerHandle:
+        """A new worker; usable at once (what is sent waits for it). The lock is held."""
+        self._numbers += 1
+        number = self._numbers
+        kind = socket.SOCK_SEQPACKET if self.start_method == "forkserver" else socket.SOCK_STREAM
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        page_fd, page_read = create_anonymous(status.PAGE, memfd=self.memfd)
+        os.close(page_read)
+        output, output_theirs = os.pipe2(os.O_CLOEXEC) if hasattr(os, "pipe2") else os.pipe()
+        os.set_blocking(output, False)
+        page = StatusPage(page_fd)
+        channel: ch.Channel = ch.SeqChannel(ours) if kind == socket.SOCK_SEQPACKET else ch.StreamChannel(ours)
+        peer = None
+        try:
+            if kind == socket.SOCK_SEQPACKET:
+                peer = theirs.dup()
+            worker = WorkerHandle(number, channel, peer, page, output)
+            worker.lane = lane
+            fds = [theirs.fileno(), page_fd, output_theirs]
+            self._launch(worker, fds)
+        except BaseException:
+            channel.close()
+            os.close(output)
+            if peer is not None:
+                peer.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(page_fd)
+            os.close(output_theirs)
+        self.workers[number] = worker
+        self.set_limit(worker)
+        return worker
+
+    def _launch(self, worker: WorkerHandle, fds: list[int]) -> None:
+        extra = {
+            "idle_timeout": None if worker.number <= self.min_workers else self.idle_timeout,
+            "initializer": self.initializer,
+        }
+        if self.start_method == "spawn":
+            self._spawn(worker, {**self._settings(), **extra}, fds)
+            return
+        for _ in range(2):
+            if self.server is None:
+                self._start_server()
+            assert self.control is not None
+            try:
+                if not self._configured:
+                    self._configure()
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                self.control.sendmsg([marshal.dumps(("fork", worker.number, extra))], rights)
+                return
+            except OSError:
+                self.pump()  # it is gone: take note, and try once with a new one
+        raise WorkerStartError("the fork server does not answer", reason="its control socket is closed")
+
+    def _spawn(self, worker: WorkerHandle, settings: dict[str, Any], fds: list[int]) -> None:
+        from stageflow_executors.processes import spawned
+
+        read, write = os.pipe()
+        try:
+            worker.process = subprocess.Popen(
+                [sys.executable, *_interpreter_flags(), spawned.__file__, str(worker.number), *map(str, (read, *fds))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(read, *fds),
+                start_new_session=True,
+                env=self._environment(),
+            )
+        except OSError as error:
+            os.close(write)
+            raise WorkerStartError(f"a worker could not be started: {error}", reason=str(error)) from error
+        finally:
+            os.close(read)
+        with open(write, "wb") as settings_pipe:
+            try:
+                settings_pipe.write(marshal.dumps(settings))
+            except BrokenPipeError:
+                pass  # it is dead already, and its death says why
+        worker.pid = worker.process.pid
+        try:
+            worker.pidfd = os.pidfd_open(worker.pid)
+        except (AttributeError, OSError):
+            pass
+
+    def poll_ended(self, worker: WorkerHandle) -> bool:
+        """Is the cause of death known? Reads it if it has arrived."""
+        if worker.ended is None and worker.process is not None:
+            code = worker.process.poll()
+            if code is not None:
+                worker.ended = (-code if code < 0 else code << 8, 0)
+                if worker.pid:
+                    _kill_group(worker.pid)
+        elif worker.ended is None:
+            self.pump()
+        return worker.ended is not None or worker.failed is not None
+
+    def came_up(self, worker: WorkerHandle) -> None:
+        """Its first word arrived."""
+        worker.ready = True
+        self._failed_starts = 0
+        self.broken = None
+
+    def start_failed(self, reason: str) -> None:
+        """A worker did not come up. After three in a row the supply is broken for a while."""
+        with self.lock:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                self._break(reason)
+
+    def _break(self, reason: str) -> None:
+        self.broken = reason
+        self._broken_at = time.monotonic()
+
+    def may_start(self) -> bool:
+        """May another worker be tried? Not right after three failures in a row."""
+        return self.broken is None or time.monotonic() - self._broken_at > RETRY_STARTS_AFTER
+
+    # ------------------------------------------------------------ lending
+
+    def borrow(self, lane: Borrower) -> WorkerHandle | None:
+        """An idle worker, or a new one; None if all are lent (`lane.granted` is called later). Raises WorkerStartError."""
+        with self.lock:
+            while self.idle:
+                worker = self.idle.pop()
+                if worker.removed or worker.ended is not None:
+                    continue
+                worker.lane = lane
+                return worker
+            if len(self.workers) < self.max_workers:
+                if not self.may_start():
+                    raise WorkerStartError(
+                        f"no worker process can be started: {self.broken}",
+                        hint="the text above is what the worker or the fork server said",
+                        reason=self.broken,
+                    )
+                return self.start_worker(lane)
+            if lane not in self.waiting:
+                self.waiting.append(lane)
+            return None
+
+    def withdraw(self, lane: Borrower) -> None:
+        """`lane` needs no more workers."""
+        with self.lock:
+            if lane in self.waiting:
+                self.waiting.remove(lane)
+
+    def should_give_back(self, lane: Borrower) -> bool:
+        """Do other lanes wait that have fewer workers than `lane`, or none? Cheap when nobody waits."""
+        if not self.waiting:
+            return False
+        with self.lock:
+            held = lane.held()
+            return any(other is not lane and (other.held() == 0 or other.held() + 1 < held) for other in self.waiting)
+
+    def give_back(self, worker: WorkerHandle) -> None:
+        """`worker` is idle and its lane has taken its readers off."""
+        granted: Borrower | None = None
+        with self.lock:
+            worker.lane = None
+            if worker.removed:
+                return
+            worker.idle_since = time.monotonic()
+            if self.waiting:
+                granted = self.waiting.popleft()
+                worker.lane = granted
+            else:
+                self.idle.append(worker)
+        if granted is not None:
+            granted.granted(worker)
+
+    def remove(self, worker: WorkerHandle) -> None:
+        """It has ended. Its leases end; what it wrote lives as long as somebody reads it."""
+        replacement: Borrower | None = None
+        with self.lock:
+            if worker.removed:
+                return
+            worker.removed = True
+            self.workers.pop(worker.number, None)
+            if worker in self.idle:
+                self.idle.remove(worker)
+            for key, count in worker.leases.items():
+                self.books.dropped.extend([key] * count)
+            worker.leases.clear()
+            self.books.retire(worker.number)
+            worker.close()
+            if worker.process is not None:
+                worker.process.wait()
+            if self.waiting and not self.closed:
+                replacement = self.waiting.popleft()
+        if replacement is not None:
+            replacement.reported(worker)
+
+    def idle_pids(self) -> list[int]:
+        """Pids of all workers that are up."""
+        with self.lock:
+            return [w.pid for w in self.workers.values() if w.pid]
+
+    def trim(self) -> None:
+        """Return warm shared memory of the parent, and let idle workers go: the machine is short of memory."""
+        self.collect()
+        self.arena.trim()
+        self.collect()
+        with self.lock:
+            for worker in self.idle[self.min_workers :]:
+                self.dismiss(worker)
+
+    def dismiss(self, worker: WorkerHandle) -> None:
+        """Say goodbye; it ends when it has done what was sent before."""
+        worker.retiring = True
+        if worker in self.idle:
+            self.idle.remove(worker)
+        try:
+            worker.channel.send(ch.join([ch.encode_message([ch.BYE])]))
+        except ch.Closed:
+            pass
+
+    # ------------------------------------------------------------ end
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End every process and give everything back; results handed out stay valid. Idempotent, any thread."""
+        if os.getpid() != self.pid:
+            return
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            workers = list(self.workers.values())
+            if self.start_method == "spawn":
+                self._end_spawned(workers, timeout)
+            elif self.control is not None:
+                # End of file is the goodbye: the server kills and reaps every descendant, then ends.
+                self.control.close()
+                self.control = None
+                server, self.server = self.server, None
+                if server is not None:
+                    try:
+                        server.wait(timeout)
+                    except subprocess.TimeoutExpired:
+                        server.kill()
+                        server.wait()
+            for worker in workers:
+                worker.ended = worker.ended or (signal.SIGKILL, 0)
+                self.remove(worker)
+            self.idle.clear()
+            self.waiting.clear()
+            self.collect()
+            # Blocks that are still read keep their segments: the books close each with its last lease.
+            self.books.retire(PARENT)
+            self.arena.close()
+        _all_supplies.discard(self)
+
+    def _end_spawned(self, workers: Iterable[WorkerHandle], timeout: float) -> None:
+        for worker in workers:
+            worker.kill()
+            if worker.pid:
+                _kill_group(worker.pid)
+        for worker in workers:
+            if worker.process is not None:
+                try:
+                    worker.process.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    continue
+
+    def after_fork(self) -> None:
+        """In a child of the user's making: drop what belongs to the parent, without a goodbye."""
+        self.lock = threading.RLock()
+        self.closed = True
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+        self.idle.clear()
+        self.waiting.clear()
+        if self.control is not None:
+            self.control.close()
+            self.control = None
+        if self.server is not None:
+            self.server.returncode = 0  # not this process's child: keeps Popen from waiting for it
+            self.server = None
+        self.books.after_fork()
+
+
+def _cwd() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "/"
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError, AttributeError):
+        pass
+
+
+def _interpreter_flags() -> list[str]:
+    """The flags this interpreter was started with."""
+    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return found
+
+
+def wait_readable(fd: int, seconds: float) -> bool:
+    """Does `fd` become readable within `seconds`?"""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(int(seconds * 1000)))
+
+
+_all_supplies: weakref.WeakSet[WorkerSupply] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for supply in list(_all_supplies):
+        supply.close(timeout=2.0)
+
+
+def _forget_all() -> None:
+    for supply in list(_all_supplies):
+        supply.after_fork()
+    _all_supplies.clear()
+
+
+_register: Callable[..., None] | None = getattr(os, "register_at_fork", None)
+if _register is not None:
+    _register(after_in_child=_forget_all)
+
+import atexit  # noqa: E402  (registered last, so that it runs before the handlers of what was imported above)
+
+atexit.register(_close_all)

@@ -1,0 +1,468 @@
+"""The worker: reads calls from its private channel, runs them one after the other in its main thread, reports each.
+
+One thread unless a call needs more. Results of short calls may wait for each other, never longer than a millisecond.
+
+May import the standard library, msgspec, `stageflow.core` and `stageflow_executors.shm` only: every worker pays for it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from stageflow.core.errors import NotShippableError, SharedMemoryFullError, StageflowError
+from stageflow.core.executor import OutcomeKind, Reply
+from stageflow.core.failure import capture
+from stageflow_executors.processes import capture as capturing
+from stageflow_executors.processes import channel as ch
+from stageflow_executors.processes import status
+from stageflow_executors.processes.port import ProcessPort
+from stageflow_executors.processes.status import StatusPage
+from stageflow_executors.shm import codec
+from stageflow_executors.shm.arena import Arena, Segment
+from stageflow_executors.shm.lease import Mapping, ValueReader, address_of, export
+
+_FLUSH_AFTER_NS: Final = 1_000_000
+_encode_error = msgspec.msgpack.Encoder().encode
+
+
+class LocalMemory:
+    """The worker's arena as the codec sees it, and the blocks it lent to the running code."""
+
+    def __init__(self, worker: Worker, number: int, page: StatusPage, memfd: bool | None) -> None:
+        words = page.words
+
+        def budget() -> int:
+            return words[status.LIMIT]
+
+        self.fresh: list[Segment] = []
+        self.arena = Arena(number, budget=budget, on_segment=self.fresh.append, memfd=memfd)
+        self._worker = worker
+        self._page = page
+        # Blocks handed out as buffers: address -> (block, bytes). Remote leases and the local exporter both keep a block.
+        self._lent: dict[int, tuple[Any, int]] = {}
+        self._local: set[codec.Key] = set()
+        self._remote: set[codec.Key] = set()
+        self._freed: deque[tuple[codec.Key, bool, int]] = deque()
+
+    def allocate(self, nbytes: int) -> Any:
+        """A block whose one lease goes to the parent with the value."""
+        self.settle()
+        block = self.arena.allocate(nbytes)
+        self._remote.add(block.key)
+        self._page.words[status.RESERVED] = self.arena.reserved
+        return block
+
+    def lend(self, nbytes: int) -> memoryview:
+        """Writable memory for the running code."""
+        self.settle()
+        block = self.arena.allocate(max(nbytes, 1))
+        self._page.words[status.RESERVED] = self.arena.reserved
+        base = address_of(block.segment.memory)
+        address = base + block.off
+        self._local.add(block.key)
+        self._lent[address] = (block, nbytes)
+        view = export(block.segment.memory, base, block.off, max(nbytes, 1), self._ended_locally, block.key, address)
+        return view[:nbytes]
+
+    def _ended_locally(self, key: codec.Key, address: int) -> None:
+        self._freed.append((key, True, address))  # a finalizer: no locks here
+
+    def freed_by_parent(self, keys: list[list[int]]) -> None:
+        """Nobody outside reads these any more."""
+        for sid, off in keys:
+            self._freed.append(((sid, off), False, 0))
+        self.settle()
+
+    def settle(self) -> None:
+        """Give blocks back to the arena that neither side uses."""
+        while self._freed:
+            key, local, address = self._freed.popleft()
+            if local:
+                self._local.discard(key)
+                self._lent.pop(address, None)
+            else:
+                self._remote.discard(key)
+            if key not in self._local and key not in self._remote:
+                self.arena.free(key)
+        self._page.words[status.RESERVED] = self.arena.reserved
+
+    def find(self, buffer: memoryview) -> tuple[codec.Key, int] | None:
+        """The lent block in which `buffer` lies."""
+        if not self._lent or not buffer.nbytes:
+            return None
+        at = address_of(buffer)
+        for address, (block, nbytes) in self._lent.items():
+            if address <= at and at + buffer.nbytes <= address + nbytes:
+                self._remote.add(block.key)
+                return block.key, block.off + at - address
+        return None
+
+
+class Worker:
+    """Everything one worker process has."""
+
+    def __init__(self, number: int, channel: ch.Channel, page: StatusPage, settings: dict[str, Any]) -> None:
+        self.number = number
+        self.pid = os.getpid()
+        self.channel = channel
+        self.page = page
+        self.threshold: int = settings["inline_threshold"]
+        self.idle_timeout: float | None = settings.get("idle_timeout")
+        self.memory = LocalMemory(self, number, page, settings.get("memfd"))
+        self.mappings: dict[int, Mapping] = {}
+        self.released: deque[codec.Key] = deque()
+        self.functions: dict[int, Callable[..., Any] | BaseException] = {}
+        self.lock = threading.RLock()
+        self.out: list[bytes] = []
+        self.out_size = 0
+        self.out_since = 0
+        self._flusher: threading.Thread | None = None
+        self._flush_wanted = threading.Event()
+        self.current: ProcessPort | None = None
+        self.calls = 0
+
+    # ------------------------------------------------------------ sending
+
+    def post(self, message: list[Any], *, now: bool = True) -> None:
+        """Put a message in order behind the others; `now` sends everything at once. Any thread."""
+        data = ch.encode_message(message)
+        if len(data) > ch.MAX_MESSAGE:
+            block = self.memory.allocate(len(data))
+            block.view[:] = data
+            data = ch.encode_message([ch.BIG, [*block.key, block.off, len(data)]])
+        with self.lock:
+            if self.out_size + len(data) > ch.MAX_FRAME - 1024 or len(self.out) >= 4096:
+                self.flush()
+            if not self.out:
+                self.out_since = time.monotonic_ns()
+            self.out.append(data)
+            self.out_size += len(data)
+            if now or time.monotonic_ns() - self.out_since > _FLUSH_AFTER_NS:
+                self.flush()
+
+    def flush_soon(self) -> None:
+        """Send within about a millisecond, from a helper thread, unless something else sends before."""
+        if self._flusher is None:
+            self._flusher = threading.Thread(target=self._flush_loop, name="stageflow-flush", daemon=True)
+            self._flusher.start()
+        self._flush_wanted.set()
+
+    def _flush_loop(self) -> None:
+        while True:
+            self._flush_wanted.wait()
+            self._flush_wanted.clear()
+            time.sleep(0.001)
+            with self.lock:
+                self.flush()
+
+    def flush(self) -> None:
+        """Send what is waiting. A parent that is gone ends the process."""
+        if os.getpid() != self.pid:
+            return  # a process the stage forked: the channel is not its own
+        with self.lock:
+            out, self.out = self.out, []
+            self.out_size = 0
+            fds: list[int] = []
+            if self.memory.fresh:
+                announced, self.memory.fresh[:] = list(self.memory.fresh), []
+                fds = [segment.read_fd for segment in announced]
+                out.insert(0, ch.encode_message([ch.SEGMENTS, [[s.sid, s.size] for s in announced]]))
+            if self.released:
+                keys = []
+                while self.released:
+                    keys.append(self.released.popleft())
+                out.append(ch.encode_message([ch.RELEASED, keys]))
+            if self.memory.arena.closed:
+                closed, self.memory.arena.closed = self.memory.arena.closed, []
+                out.append(ch.encode_message([ch.FORGET, closed]))
+            if out:
+                try:
+                    self.channel.send(ch.join(out), fds, wait=True)
+                except ch.Closed as error:
+                    os.write(2, f"worker {self.pid}: channel lost: {error}\n".encode())
+                    os._exit(70)
+
+    # ------------------------------------------------------------ loop
+
+    def run(self) -> None:
+        """Serve until the goodbye."""
+        self.post([ch.READY])
+        handlers = {
+            ch.SHIP: self._ship,
+            ch.MAIN: self._main,
+            ch.FREE: lambda m: self.memory.freed_by_parent(m[1]),
+            ch.FORGET: self._forget,
+        }
+        while True:
+            if self.released:
+                self.flush()
+            if self.idle_timeout is not None and not self._wait(self.idle_timeout):
+                self.post([ch.BYE])
+                return
+            try:
+                received = self.channel.receive(wait=True)
+            except ch.Closed:
+                return
+            assert received is not None
+            frame, fds = received
+            messages = deque(ch.decode_frame(frame))
+            while messages:
+                message = messages.popleft()
+                operation = message[0]
+                if operation == ch.TASK:
+                    self._run_call(message, last=not messages)
+                elif operation == ch.SEGMENTS:
+                    for sid, size in message[1]:
+                        self.mappings[sid] = Mapping(sid, size, fds.pop(0))
+                elif operation == ch.BIG:
+                    messages.appendleft(self._big(message[1]))
+                elif operation == ch.BYE:
+                    self.post([ch.BYE])
+                    return
+                else:
+                    handlers[operation](message)
+            if self.out:
+                self.flush()
+
+    def _wait(self, seconds: float) -> bool:
+        import select
+
+        poll = select.poll()
+        poll.register(self.channel.fileno(), select.POLLIN)
+        return bool(poll.poll(int(seconds * 1000)))
+
+    def _big(self, ref: codec.Ref) -> list[Any]:
+        reader = ValueReader(self.mappings, self.released.append)
+        message = ch.decode_message(reader.peek(ref))
+        reader.finish([(ref[0], ref[1])])
+        return message
+
+    def _forget(self, message: list[Any]) -> None:
+        for sid in message[1]:
+            mapping = self.mappings.pop(sid, None)
+            if mapping is not None:
+                mapping.close()
+
+    def _main(self, message: list[Any]) -> None:
+        try:
+            found = pickle.loads(message[1])
+        except BaseException as error:
+            self.functions[0] = error
+            return
+        for (module, name), value in found.items():
+            if module not in sys.modules:
+                sys.modules[module] = types.ModuleType(module)
+            setattr(sys.modules[module], name, value)
+
+    def _ship(self, message: list[Any]) -> None:
+        _, key, data = message
+        try:
+            self.functions[key] = pickle.loads(data)
+        except BaseException as error:
+            self.functions[key] = error
+
+    # ------------------------------------------------------------ one call
+
+    def _decode_args(self, encoded: list[Any], writable: bool) -> tuple[Any, ...]:
+        args = []
+        readers: list[tuple[ValueReader, tuple[codec.Key, ...]]] = []
+        taken = 0
+        try:
+            for value in encoded:
+                taken += 1
+                if type(value) is not list:
+                    args.append(value)
+                    continue
+                reader = ValueReader(self.mappings, self.released.append)
+                readers.append((reader, codec.blocks_of(value)))
+                args.append(codec.decode(value, reader, writable))
+        finally:
+            for value in encoded[taken:]:
+                self.released.extend(codec.blocks_of(value))
+            for reader, keys in readers:
+                reader.finish(keys)
+        return tuple(args)
+
+    def _run_call(self, message: list[Any], *, last: bool) -> None:
+        _, call_id, key, flags, encoded = message
+        page = self.page
+        words = page.words
+        words[status.PHASE] = status.DECODE
+        words[status.TASK] = call_id
+        port = ProcessPort(self, call_id)
+        self.current = port
+        started = now = time.monotonic_ns()
+        cpu = 0
+        end = [ch.DONE, call_id, None]
+        if page.words[status.CANCEL_SEQ] and page.cancel_slot(call_id) is not None:
+            for value in encoded:
+                self.released.extend(codec.blocks_of(value))
+            end = [ch.FAILED, call_id, int(OutcomeKind.CANCELLED), None]
+        else:
+            try:
+                function = self.functions.get(key)
+                if function is None or isinstance(function, BaseException):
+                    encoded, unread = (), encoded
+                    for value in unread:
+                        self.released.extend(codec.blocks_of(value))
+                    raise self._not_loaded(function)
+                args = self._decode_args(encoded, bool(flags & 1))
+                encoded = None
+                page.doubles[status.DONE] = page.doubles[status.TOTAL] = 0.0
+                cpu = time.thread_time_ns()
+                started = now = time.monotonic_ns()
+                words[status.STARTED_NS] = started
+                words[status.PHASE] = status.RUN
+                try:
+                    value = function(port, *args)
+                    if type(value) is types.GeneratorType:
+                        value = self._drive(value, call_id)
+                finally:
+                    now = time.monotonic_ns()
+                    cpu = time.thread_time_ns() - cpu
+                    args = ()
+                words[status.PHASE] = status.ENCODE
+                end = self._result(ch.DONE, call_id, value)
+                value = None
+            except BaseException as error:
+                end = self._failure(call_id, error)
+        if os.getpid() != self.pid:
+            os._exit(0)  # a process the stage forked came back from its function: it is not a worker
+        capturing.flush_streams()
+        port.close()
+        self.current = None
+        end += (started, now - started, cpu)
+        self._restore()
+        words[status.LAST_DONE] = call_id
+        words[status.PHASE] = status.IDLE
+        try:
+            self.post(end, now=last)
+        except (TypeError, ValueError, OverflowError, SharedMemoryFullError) as error:
+            self.post([*self._failure(call_id, error, OutcomeKind.REFUSED), started, now - started, cpu], now=last)
+
+    @staticmethod
+    def _not_loaded(problem: BaseException | None) -> BaseException:
+        if problem is None:
+            return StageflowError("the function did not arrive in the worker")
+        return problem
+
+    def _drive(self, parts: types.GeneratorType[Any, Any, Any], call_id: int) -> Any:
+        """Send each yielded part; the generator's own value ends the call."""
+        words = self.page.words
+        try:
+            while True:
+                try:
+                    part = next(parts)
+                except StopIteration as stop:
+                    return stop.value if stop.value is not None else Reply(has_value=False)
+                words[status.PHASE] = status.ENCODE
+                message = self._result(ch.PART, call_id, part)
+                part = None
+                words[status.PHASE] = status.RUN
+                self.post(message, now=False)
+                message = []
+                self.flush_soon()
+        finally:
+            parts.close()
+
+    def _result(self, operation: int, call_id: int, value: Any) -> list[Any]:
+        meta = None
+        if type(value) is Reply:
+            meta = value.meta
+            if not value.has_value:
+                return [operation, call_id, None, meta, False, 0]
+            value = value.value
+        try:
+            result = codec.encode(value, self.memory, self.threshold)
+        except (NotShippableError, SharedMemoryFullError) as error:
+            error.add_note("this is the result of the call; it had run to its end")
+            raise _Refused(error) from error
+        if codec.CHECK_FIDELITY:
+            self._check(value, result)
+        return [operation, call_id, result.encoded, meta, True, result.nbytes]
+
+    def _check(self, value: Any, result: codec.Result) -> None:
+        mappings = {
+            s.sid: Mapping(s.sid, s.size, os.dup(s.read_fd)) for s in self.memory.arena.segments.values()
+        } | self.mappings
+        again = codec.decode(result.encoded, ValueReader(mappings, lambda key: None))
+        if not codec.same(value, again):
+            raise StageflowError(
+                f"a {type(value).__name__} changed on its way through the codec: {value!r:.200} -> {again!r:.200}"
+            )
+
+    def _failure(self, call_id: int, error: BaseException, kind: OutcomeKind = OutcomeKind.ERROR) -> list[Any]:
+        if isinstance(error, _Refused):
+            kind, error = OutcomeKind.REFUSED, error.why
+        try:
+            info = capture(error, lane="process", worker_pid=self.pid, skip_frames=1)
+            data = _encode_error(info)
+        except BaseException as broken:
+            data = _encode_error(
+                capture(StageflowError(f"{type(error).__name__}; describing it raised {type(broken).__name__}"))
+            )
+        finally:
+            error.__traceback__ = None
+        return [ch.FAILED, call_id, int(kind), data]
+
+    def _restore(self) -> None:
+        """Undo what a call did to the process as a whole."""
+        capturing.restore_process()
+
+
+class _Refused(Exception):
+    def __init__(self, why: BaseException) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+def main(number: int, settings: dict[str, Any], fds: list[int]) -> None:
+    """Become a worker. `fds`: channel, status page, raw output."""
+    channel_fd, page_fd, output_fd = fds
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number_, stream in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output_fd), (2, output_fd)):
+        os.dup2(stream, number_)
+    os.close(output_fd)
+    sock = socket.socket(fileno=channel_fd)
+    channel: ch.Channel = ch.SeqChannel(sock) if sock.type == socket.SOCK_SEQPACKET else ch.StreamChannel(sock)
+    page = StatusPage(page_fd)
+    os.close(page_fd)
+    os.environ["STAGEFLOW_IN_WORKER"] = "1"
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv[:] = settings.get("argv") or [""]
+    faulthandler.enable(file=2)
+    worker = Worker(number, channel, page, settings)
+    capturing.install(worker, settings)
+    os.register_at_fork(after_in_child=channel.close)
+    initializer = settings.get("initializer")
+    if initializer is not None:
+        function, args = pickle.loads(initializer)
+        function(*args)
+    worker.run()
+    threads_flush()
+
+
+def threads_flush() -> None:
+    """Leave without waiting for threads a stage leaked; exit handlers that flush files do run."""
+    import atexit
+
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        pass
+    os._exit(0)

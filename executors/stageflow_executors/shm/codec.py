@@ -1,0 +1,515 @@
+"""The codec: values to and from a form that crosses a process boundary, exactly.
+
+An encoded value is msgpack-able data: an exact scalar as itself, anything else as a list whose first element says how to read the
+rest. Bytes are inline, or a reference `[segment, block, start, length]` into shared memory. Three paths (first that fits):
+exact scalars; closed `msgspec.Struct` types, alone or in a list; pickle protocol 5 with out-of-band buffers (cloudpickle where
+plain pickle cannot). Arrays, bytes and memoryviews have a light way of their own. A value is the same whatever lane it crossed;
+the one permitted difference is that arrays and memoryviews come back read-only.
+
+May import `stageflow.core` and the standard library only; numpy is recognised without importing it, cloudpickle is loaded on need.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from stageflow.core.errors import NotShippableError
+from stageflow_executors.shm.arena import Block
+
+PICKLE, PICKLE_OOB, BYTES, STR, ARRAY, VIEW, BYTEARRAY, STRUCT, STRUCTS = range(9)
+OOB_ABOVE: Final = 1024  #: smaller buffers stay in the pickle
+_ALIGN: Final = 64
+_I64: Final = 1 << 63
+
+Ref = list[int]
+Encoded = Any
+Key = tuple[int, int]
+
+
+class Memory(Protocol):
+    """What encoding needs of shared memory."""
+
+    def allocate(self, nbytes: int) -> Block: ...
+    def find(self, buffer: memoryview) -> tuple[Key, int] | None:
+        """(block, absolute start) if `buffer` already lies in shared memory that can be referred to."""
+        ...
+
+
+class Reader(Protocol):
+    """What decoding needs of shared memory. Every lease that `encoded` stands for is ended exactly once."""
+
+    def peek(self, ref: Ref) -> memoryview:
+        """The bytes, for use during decoding only."""
+        ...
+
+    def view(self, ref: Ref, *, writable: bool) -> memoryview:
+        """The bytes, for as long as anything made from the view lives; takes over the block's lease."""
+        ...
+
+
+class Result(typing.NamedTuple):
+    """`encoded`, how many bytes it stands for, how many of them are inline, and the blocks it refers to."""
+
+    encoded: Encoded
+    nbytes: int
+    inline: int
+    blocks: tuple[Key, ...]
+
+
+_NO_BLOCKS: Final[tuple[Key, ...]] = ()
+_SMALL: Final = frozenset((type(None), bool, float))
+
+
+def encode(value: Any, memory: Memory, threshold: int) -> Result:
+    """Encode `value`. Raises NotShippableError naming the path inside it, or SharedMemoryFullError."""
+    kind = type(value)
+    if kind in _SMALL:
+        return Result(value, 8, 8, _NO_BLOCKS)
+    if kind is int:
+        if -_I64 <= value < _I64:
+            return Result(value, 8, 8, _NO_BLOCKS)
+    elif kind is str:
+        if len(value) <= threshold // 4:
+            if value.isascii():
+                return Result(value, len(value), len(value), _NO_BLOCKS)
+            try:
+                size = len(value.encode())
+            except UnicodeEncodeError:
+                return _pickled(value, memory, threshold)
+            return Result(value, size, size, _NO_BLOCKS)
+        try:
+            return _laid(STR, value.encode(), memory, threshold)
+        except UnicodeEncodeError:
+            return _pickled(value, memory, threshold)
+    elif kind is bytes:
+        if len(value) < threshold:
+            return Result(value, len(value), len(value), _NO_BLOCKS)
+        return _laid(BYTES, value, memory, threshold)
+    elif kind is bytearray:
+        if len(value) >= OOB_ABOVE:
+            return _laid(BYTEARRAY, value, memory, threshold)
+    elif kind is memoryview:
+        return _memoryview(value, memory, threshold)
+    elif issubclass(kind, msgspec.Struct):
+        if is_closed(kind) and (data := _typed(value, kind, kind)) is not None:
+            return _laid(STRUCT, data, memory, threshold, _type_pickle(kind))
+    elif kind is list:
+        if (
+            value
+            and issubclass(first := type(value[0]), msgspec.Struct)
+            and is_closed(first)
+            and _all_are(value, first)
+        ):
+            if (data := _typed(value, first, list[first])) is not None:  # type: ignore[valid-type]
+                return _laid(STRUCTS, data, memory, threshold, _type_pickle(first))
+    else:
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and kind is numpy.ndarray and value.dtype.isbuiltin == 1 and not value.dtype.hasobject:
+            return _array(value, numpy, memory, threshold)
+    return _pickled(value, memory, threshold)
+
+
+def _laid(kind: int, data: Any, memory: Memory, threshold: int, *extra: Any) -> Result:
+    """`data` inline or in a block of its own."""
+    size = len(data)
+    if size < threshold:
+        return Result([kind, bytes(data) if kind == BYTEARRAY else data, *extra], size, size, _NO_BLOCKS)
+    block = memory.allocate(size)
+    block.view[:] = data
+    return Result([kind, [*block.key, block.off, size], *extra], size, 64, (block.key,))
+
+
+def _buffer(data: memoryview, memory: Memory, threshold: int) -> tuple[Any, int, tuple[Key, ...]]:
+    """A flat byte view as (inline bytes or reference, inline size, blocks)."""
+    size = data.nbytes
+    if size < threshold:
+        return bytes(data), size, _NO_BLOCKS
+    found = memory.find(data)
+    if found is not None:
+        key, start = found
+        return [*key, start, size], 32, (key,)
+    block = memory.allocate(size)
+    block.view[:] = data
+    return [*block.key, block.off, size], 32, (block.key,)
+
+
+def _memoryview(value: memoryview, memory: Memory, threshold: int) -> Result:
+    if value.nbytes == 0 or not value.c_contiguous:
+        flat = memoryview(value.tobytes())
+    else:
+        flat = value.cast("B")
+    data, inline, blocks = _buffer(flat, memory, threshold)
+    return Result([VIEW, data, value.format, list(value.shape or ())], value.nbytes, inline, blocks)
+
+
+def _array(value: Any, numpy: Any, memory: Memory, threshold: int) -> Result:
+    order = "C"
+    if not value.flags.c_contiguous:
+        if value.flags.f_contiguous:
+            order = "F"
+        else:
+            value = numpy.ascontiguousarray(value)
+    if value.nbytes == 0:
+        data, inline, blocks = b"", 0, _NO_BLOCKS
+    elif value.nbytes < threshold:
+        data, inline, blocks = value.tobytes(order), value.nbytes, _NO_BLOCKS
+    else:
+        flat = (value.T if order == "F" else value).reshape(-1).view(numpy.uint8)
+        data, inline, blocks = _buffer(memoryview(flat), memory, threshold)
+    return Result([ARRAY, data, value.dtype.str, value.shape, order], value.nbytes, inline + 32, blocks)
+
+
+# ---------------------------------------------------------------- pickle
+
+
+class _Chunks(list[Any]):
+    """A file for a Pickler: large bytes objects arrive here without having been copied."""
+
+    __slots__ = ()
+
+    def write(self, data: Any) -> int:
+        # A memoryview given by the pickler is only good during this call.
+        self.append(data if type(data) is bytes else bytes(data))
+        return len(data)
+
+
+def _pickled(value: Any, memory: Memory, threshold: int) -> Result:
+    chunks, buffers = dump(value)
+    size = sum(map(len, chunks))
+    if not buffers:
+        if size < threshold:
+            return Result([PICKLE, b"".join(chunks) if len(chunks) != 1 else chunks[0]], size, size, _NO_BLOCKS)
+        block = memory.allocate(size)
+        _fill(block, chunks)
+        return Result([PICKLE, [*block.key, block.off, size]], size, 64, (block.key,))
+    outside = sum(b.nbytes for b in buffers)
+    if size + outside < threshold:
+        return Result(
+            [PICKLE_OOB, b"".join(chunks), [bytes(b) for b in buffers]], size + outside, size + outside, _NO_BLOCKS
+        )
+    return _laid_out_of_band(chunks, size, buffers, outside, memory)
+
+
+def _laid_out_of_band(
+    chunks: list[bytes], size: int, buffers: list[memoryview], outside: int, memory: Memory
+) -> Result:
+    """The buffers, and the pickle if it is large too, side by side in one block; buffers that are already shared stay."""
+    blocks: list[Key] = []
+    refs: list[Any] = []
+    fresh: list[tuple[int, memoryview]] = []
+    room = size if size >= 16384 else 0
+    for index, buffer in enumerate(buffers):
+        found = memory.find(buffer)
+        if found is not None:
+            refs.append([*found[0], found[1], buffer.nbytes])
+            if found[0] not in blocks:
+                blocks.append(found[0])
+        else:
+            refs.append(None)
+            room = -(-room // _ALIGN) * _ALIGN + buffer.nbytes
+            fresh.append((index, buffer))
+    head: Any = b"".join(chunks) if size < 16384 else None
+    if room:
+        block = memory.allocate(room)
+        blocks.append(block.key)
+        at = 0
+        if head is None:
+            _fill(block, chunks)
+            head = [*block.key, block.off, size]
+            at = size
+        for index, buffer in fresh:
+            at = -(-at // _ALIGN) * _ALIGN
+            block.view[at : at + buffer.nbytes] = buffer
+            refs[index] = [*block.key, block.off + at, buffer.nbytes]
+            at += buffer.nbytes
+    inline = (len(head) if type(head) is bytes else 32) + 32 * len(refs)
+    return Result([PICKLE_OOB, head, refs], size + outside, inline, tuple(blocks))
+
+
+def _fill(block: Block, chunks: Sequence[bytes]) -> None:
+    at = 0
+    for chunk in chunks:
+        block.view[at : at + len(chunk)] = chunk
+        at += len(chunk)
+
+
+def dump(value: Any) -> tuple[list[bytes], list[memoryview]]:
+    """`value` as pickle 5: its chunks, and flat views of its out-of-band buffers. Raises NotShippableError."""
+    buffers: list[memoryview] = []
+
+    def out_of_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:
+            return True  # not contiguous: pickle copies it in-band
+        if raw.nbytes < OOB_ABOVE:
+            return True
+        buffers.append(raw)
+        return False
+
+    chunks = _Chunks()
+    try:
+        pickle.Pickler(chunks, 5, buffer_callback=out_of_band).dump(value)
+        return chunks, buffers
+    except Exception as first:
+        chunks.clear()
+        buffers.clear()
+        try:
+            import cloudpickle
+
+            cloudpickle.Pickler(chunks, 5, buffer_callback=out_of_band).dump(value)
+            return chunks, buffers
+        except Exception as error:
+            path, culprit = find_culprit(value)
+            raise NotShippableError(
+                f"{path} cannot cross to another process: {type(culprit).__name__}: {error}"[:2000],
+                hint="hand over the data it was made from instead, or run the stage with executor='thread'",
+                path=path,
+            ) from first
+
+
+def find_culprit(value: Any, name: str = "value") -> tuple[str, Any]:
+    """(path, object) of the innermost part of `value` that does not pickle. Bounded in depth and breadth; never raises."""
+    for _ in range(50):
+        for step, part in _parts(value):
+            if not _pickles(part):
+                name, value = name + step, part
+                break
+        else:
+            return name, value
+    return name, value
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        pickle.dumps(value, 5)
+    except Exception:
+        try:
+            import cloudpickle
+
+            cloudpickle.dumps(value, 5)
+        except Exception:
+            return False
+    return True
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    try:
+        if isinstance(value, dict):
+            return [(f"[{key!r:.80}]", part) for key, part in list(value.items())[:10000]] + [
+                (f".keys()[{key!r:.80}]", key) for key in list(value)[:10000]
+            ]
+        if isinstance(value, list | tuple):
+            return [(f"[{index}]", part) for index, part in enumerate(value[:10000])]
+        if isinstance(value, set | frozenset):
+            return [("{...}", part) for part in list(value)[:10000]]
+        if isinstance(value, types.FunctionType):
+            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
+            found = [(f".<closure {name}>", cell.cell_contents) for name, cell in cells]
+            names = [n for n in value.__code__.co_names if n in value.__globals__]
+            return found + [(f".<global {name}>", value.__globals__[name]) for name in names]
+        if isinstance(value, types.MethodType):
+            return [(".__self__", value.__self__)]
+        if isinstance(value, msgspec.Struct):
+            return [(f".{name}", getattr(value, name)) for name in value.__struct_fields__]
+        state = dict(getattr(value, "__dict__", {}))
+        for cls in type(value).__mro__:
+            for slot in cls.__dict__.get("__slots__", ()):
+                if hasattr(value, slot) and slot != "__weakref__":
+                    state.setdefault(slot, getattr(value, slot))
+        return [(f".{key}", part) for key, part in state.items()]
+    except Exception:
+        return []
+
+
+# ---------------------------------------------------------------- closed Struct types
+
+_SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
+_closed: dict[type, bool] = {}
+_typed_codecs: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+_type_pickles: dict[type, bytes] = {}
+_to_msgpack = msgspec.msgpack.Encoder().encode
+
+
+def is_closed(cls: type) -> bool:
+    """Can instances of exactly `cls` go through typed msgspec unchanged? Cached per class."""
+    if cls.__subclasses__():
+        return False  # a field declared as `cls` may hold one of them, which would come back as `cls`
+    known = _closed.get(cls)
+    if known is None:
+        _closed[cls] = True  # a recursive type is as closed as its other fields
+        known = _closed[cls] = _judge(cls)
+        if not known:
+            _closed.update({other: False for other, verdict in _closed.items() if verdict and _mentions(other, cls)})
+    return known
+
+
+def _judge(cls: type) -> bool:
+    config: Any = getattr(cls, "__struct_config__", None)
+    if config is None or config.weakref or cls.__post_init__ if hasattr(cls, "__post_init__") else config is None:
+        return False
+    if any(name in cls.__dict__ for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")):
+        return False
+    try:
+        hints = typing.get_type_hints(cls)
+        fields = msgspec.structs.fields(cls)
+    except Exception:
+        return False
+    return all(_closed_type(hints.get(field.name)) for field in fields) and len(fields) == len(cls.__struct_fields__)  # type: ignore[attr-defined]
+
+
+def _closed_type(hint: Any) -> bool:
+    if hint in _SCALARS:
+        return True
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return is_closed(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        members = [m for m in typing.get_args(hint) if m is not type(None)]
+        # A float field that may also be an int keeps both apart; one Struct beside None is unambiguous.
+        return all(_closed_type(m) for m in members) and sum(m not in _SCALARS for m in members) <= 1
+    return False
+
+
+def _mentions(cls: type, other: type) -> bool:
+    try:
+        return other in typing.get_type_hints(cls).values()
+    except Exception:
+        return True
+
+
+def _all_are(values: list[Any], cls: type) -> bool:
+    return set(map(type, values)) == {cls}
+
+
+def _typed(value: Any, cls: type, target: Any) -> bytes | None:
+    """`value` as typed msgpack, or None if it would not come back (a field holds what it was not declared for)."""
+    if _type_pickle(cls) == b"":
+        return None
+    try:
+        data = _to_msgpack(value)
+        _decoder(target).decode(data)
+    except Exception:
+        return None
+    return data
+
+
+def _decoder(target: Any) -> msgspec.msgpack.Decoder[Any]:
+    decoder = _typed_codecs.get(target)
+    if decoder is None:
+        decoder = _typed_codecs[target] = msgspec.msgpack.Decoder(target)
+    return decoder
+
+
+def _type_pickle(cls: type) -> bytes:
+    """The class by reference; b"" if it has no importable name."""
+    data = _type_pickles.get(cls)
+    if data is None:
+        try:
+            data = pickle.dumps(cls, 5)
+        except Exception:
+            data = b""
+        _type_pickles[cls] = data
+    return data
+
+
+_types: dict[bytes, type] = {}
+
+
+def _load_type(data: bytes) -> type:
+    cls = _types.get(data)
+    if cls is None:
+        cls = _types[data] = pickle.loads(data)
+    return cls
+
+
+# ---------------------------------------------------------------- decode
+
+
+def decode(encoded: Encoded, reader: Reader, writable: bool = False) -> Any:
+    """The value again. Raises whatever its classes raise."""
+    if type(encoded) is not list:
+        return encoded
+    kind, data = encoded[0], encoded[1]
+    if kind == PICKLE:
+        return pickle.loads(data if type(data) is bytes else reader.peek(data))
+    if kind == ARRAY:
+        return _load_array(encoded, reader, writable)
+    if kind == PICKLE_OOB:
+        buffers: list[Any] = []
+        for part in encoded[2]:
+            if type(part) is bytes:
+                buffers.append(bytearray(part) if writable else part)
+            else:
+                buffers.append(reader.view(part, writable=writable))
+        return pickle.loads(data if type(data) is bytes else reader.peek(data), buffers=buffers)
+    if kind == VIEW:
+        view = (
+            reader.view(data, writable=writable)
+            if type(data) is list
+            else memoryview(bytearray(data) if writable else data)
+        )
+        shape = encoded[3]
+        if view.nbytes == 0:
+            return view.cast(encoded[2]) if len(shape) == 1 else view
+        if len(shape) == 1:
+            return view if encoded[2] == "B" else view.cast(encoded[2])
+        return view.cast(encoded[2], shape)
+    if type(data) is list:
+        data = reader.peek(data)
+    if kind == BYTES:
+        return bytes(data)
+    if kind == STR:
+        return str(data, "utf-8")
+    if kind == BYTEARRAY:
+        return bytearray(data)
+    cls = _load_type(encoded[2])
+    return _decoder(cls if kind == STRUCT else list[cls]).decode(data)  # type: ignore[valid-type]
+
+
+def _load_array(encoded: Encoded, reader: Reader, writable: bool) -> Any:
+    import numpy
+
+    _, data, dtype, shape, order = encoded
+    if type(data) is list:
+        return numpy.ndarray(shape, dtype, reader.view(data, writable=writable), order=order)
+    return numpy.ndarray(shape, dtype, bytearray(data) if writable or not data else data, order=order)
+
+
+def blocks_of(encoded: Encoded) -> tuple[Key, ...]:
+    """The blocks that `encoded` refers to, each once."""
+    if type(encoded) is not list:
+        return _NO_BLOCKS
+    found: list[Key] = []
+    parts = [encoded[1], *encoded[2]] if encoded[0] == PICKLE_OOB else [encoded[1]]
+    for part in parts:
+        if type(part) is list and (key := (part[0], part[1])) not in found:
+            found.append(key)
+    return tuple(found)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Is `second` a faithful copy of `first`, types included? For `STAGEFLOW_CHECK_FIDELITY`."""
+    if type(first) is not type(second):
+        return False
+    try:
+        a, b = pickle.dumps(first, 5), pickle.dumps(second, 5)
+    except Exception:
+        return True
+    if a == b:
+        return True
+    try:
+        equal = first == second
+        return bool(equal if isinstance(equal, bool) else equal.all())
+    except Exception:
+        return True
+
+
+CHECK_FIDELITY: Final = os.environ.get("STAGEFLOW_CHECK_FIDELITY") == "1"
