@@ -52,6 +52,9 @@ class RunStarted(EventData, frozen=True, kw_only=True):
     execution_mode: str | None = None
     topology: str | None = None
     parent_run_id: str | None = None
+    monotonic: float | None = (
+        None  #: the machine's monotonic clock at this event's time: relates `started` to Unix time
+    )
     traceparent: str | None = None  #: W3C trace context the caller was in
 
 

@@ -6,14 +6,13 @@ import contextvars
 import logging
 import os
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
 from typing import IO, Any, Final, Protocol, runtime_checkable
 
 from stageflow.events import names
 from stageflow.events.catalogue import as_text, encode_json
 from stageflow.events.event import Event
+from stageflow.events.files import PieceWriter
 
 _log = logging.getLogger("stageflow.events")
 
@@ -148,91 +147,46 @@ def one_line(event: Event) -> str:
 
 
 class JsonlSink:
-    """Appends each event as one JSON line to a file.
+    """Appends each event as one JSON line to a file (a path, or an open binary file, which is left open).
 
-    Folders are made and the file is opened with the first event. Lines are written in pieces of up to 64 KiB: at the
-    latest after a second, at a failure and at the end of a run. A full disk or a closed pipe is reported once; what
-    cannot be written from then on is only counted (`lost`). Thread-safe.
+    Folders are made and the file is opened with the first event. Lines are written in pieces: at the latest after a
+    second, at a failure and at the end of a run. A full disk or a closed pipe is reported once; what cannot be written
+    from then on is only counted (`lost`). Thread-safe.
     """
-
-    _PIECE: Final = 64 * 1024
 
     def __init__(
         self, target: str | os.PathLike[str] | IO[bytes], *, append: bool = True, wants_items: bool = False
     ) -> None:
-        self._path = Path(target) if isinstance(target, str | os.PathLike) else None
-        self._file: IO[bytes] | None = None if isinstance(target, str | os.PathLike) else target
-        self._owned = self._path is not None
-        self._mode = "ab" if append else "wb"
-        self._lines: list[bytes] = []
-        self._size = 0
-        self._last_write = time.monotonic()
-        self._lock = threading.Lock()
+        self._writer = PieceWriter(target, what="the event log", append=append)
         self.wants_items = wants_items
-        self.written = 0
-        self.lost = 0
-        self.error: Exception | None = None
 
     def emit(self, event: Event) -> None:
         """Buffer `event`, and write when it is time."""
-        line = encode_json(event)
-        with self._lock:
-            if self.error is not None:
-                self.lost += 1
-                return
-            self._lines.append(line)
-            self._size += len(line) + 1
-            urgent = event.type in names.RUN_ENDED or event.type == names.STAGE_FAILED
-            if urgent or self._size >= self._PIECE or time.monotonic() - self._last_write >= 1.0:
-                self._write()
+        urgent = event.type in names.RUN_ENDED or event.type == names.STAGE_FAILED
+        self._writer.write(encode_json(event) + b"\n", now=urgent)
 
-    def _write(self) -> None:
-        count = len(self._lines)
-        if not count:
-            return
-        piece = b"\n".join(self._lines) + b"\n"
-        self._lines.clear()
-        self._size = 0
-        self._last_write = time.monotonic()
-        try:
-            if self._file is None and self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, self._mode)  # noqa: SIM115 - closed by close()
-                self._mode = "ab"  # a reopened sink goes on where it was
-            assert self._file is not None
-            self._file.write(piece)
-            self._file.flush()
-        except (OSError, ValueError) as error:
-            self._break(error, count)
-        else:
-            self.written += count
+    @property
+    def written(self) -> int:
+        """Lines that reached the file."""
+        return self._writer.written
 
-    def _break(self, error: Exception, lost: int) -> None:
-        self.error = error
-        self.lost += lost
-        where = str(self._path) if self._path else str(getattr(self._file, "name", "a stream"))
-        _log.warning("events are no longer written to %s: %s", where, error)
-        self._close_file()
+    @property
+    def lost(self) -> int:
+        """Lines that could not be written."""
+        return self._writer.lost
 
-    def _close_file(self) -> None:
-        if self._owned and self._file is not None:
-            try:
-                self._file.close()
-            except (OSError, ValueError):
-                pass  # the reason is already reported, or the last bytes were refused like those before them
-            self._file = None
+    @property
+    def error(self) -> Exception | None:
+        """What ended the writing, if anything did."""
+        return self._writer.error
 
     def flush(self) -> None:
         """Write what is buffered."""
-        with self._lock:
-            if self.error is None:
-                self._write()
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is buffered and close the file if this sink opened it. A later event opens it again."""
-        self.flush()
-        with self._lock:
-            self._close_file()
+        self._writer.close()
 
 
 class RedactingSink:

@@ -47,6 +47,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
         stages=STAGES,
         edges=EDGES,
         workers=2,
+        monotonic=50.0,
         memory_limit=512 << 20,
         lanes={
             "urls": "async",
@@ -142,7 +143,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
                 retryable=False,
                 duration_ms=3.0,
                 worker_pid=101,
-                traceback=f'Traceback (most recent call last):\n  File "docs.py", line 3, in parse\nValueError: bad {i}',
+                traceback=f"Traceback (most recent call last):\n  File 'docs.py', line 3\nValueError: bad {i}",
             )
         dropped = n // 10
         failed_total += len(failed)
