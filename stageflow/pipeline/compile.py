@@ -88,10 +88,8 @@ def compile_graph(name: str, stages: Sequence[Declared], declared_inputs: Mappin
         _report_cycles(specs, deps, order, problems)
     routes = resolve_routes(specs, deps, index, problems)
     guard_paths = check_guards(specs, deps, dependents, index, problems)
-    acyclic = len(order) == len(specs)
-    space, joins, barriers, streams = lay_spaces(specs, deps, order) if acyclic else (array("i"), {}, {}, b"")
-    if acyclic:
-        check_edges(stages, specs, joins, declared_inputs, problems)
+    space, joins, barriers, streams = lay_spaces(specs, deps, order)
+    check_edges(stages, specs, order, joins, declared_inputs, problems)
     problems.raise_if_any(name)
     required, optional = _inputs(scope)
     return StageGraph(
@@ -170,7 +168,8 @@ def _resolve(i: int, stage: Declared, stages: Sequence[Declared], scope: Scope) 
     for name in stage.after:
         _after(name, stage.name, scope, upstream)
     bindings: tuple[Binding, ...] = ()
-    if traits.problem is None:
+    lost = stage.over is not None and over < 0 and over_input is None  # reported; what follows from it is not
+    if traits.problem is None and not lost:
         if traits.parameters or traits.parameters is None or stage.inputs or traits.form == "graph" or stage.over:
             asked = Asked(
                 stage.name,

@@ -32,13 +32,15 @@ def given_by(stage: Declared, spec: StageSpec) -> Any:
 def check_edges(
     stages: Sequence[Declared],
     specs: Sequence[StageSpec],
+    order: Sequence[int],
     joins: Mapping[int, tuple[int, ...]],
     declared_inputs: Mapping[str, Any] | None,
     problems: Problems,
 ) -> None:
     """Note every certain mismatch. Equal pairs of runners are compared once."""
     seen: dict[tuple[Any, ...], str | None] = {}
-    for i, spec in enumerate(specs):
+    for i in order:  # a stage on a cycle has no place in it, and no joins to tell
+        spec = specs[i]
         if not spec.bindings:
             continue
         parameters = stages[i].traits.parameters

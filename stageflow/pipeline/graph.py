@@ -129,7 +129,7 @@ class StageGraph:
         return tuple(i for i, deps in enumerate(self.deps) if not deps)
 
     def check_inputs(self, given: Iterable[str]) -> None:
-        """Raise DefinitionError when a required input is not among the keys `given`: stage, parameter, nearest names."""
+        """Raise DefinitionError when a required input is not among `given`: stage, parameter, nearest names."""
         keys = set(given)
         missing = [key for key in self.inputs if key not in keys]
         if not missing:
@@ -150,10 +150,10 @@ class StageGraph:
     def _missing_text(self, key: str) -> str:
         for spec in self.specs:
             if spec.over_input == key:
-                return f"input {key!r} is missing, whose elements stage {spec.name!r} takes"
+                return f"input {key!r} is missing: stage {spec.name!r} takes its elements"
             for binding in spec.bindings:
                 if binding.source == "input" and binding.ref == key:
-                    return f"input {key!r} is missing, which stage {spec.name!r} needs for parameter {binding.param!r}"
+                    return f"input {key!r} is missing: stage {spec.name!r} needs it for {binding.param!r}"
         return f"declared input {key!r} is missing"
 
     # ------------------------------------------------------------ running

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -108,9 +109,8 @@ def to_lane(lane: str) -> Lane:
 
 # ---------------------------------------------------------------- can it be sent
 
-_MAX_CACHED: Final = 4096
-#: id(runner) -> (the runner itself, so that its id is not reused; why not, or None; bytes sent by value)
-_known: dict[int, tuple[Any, str | None, int]] = {}
+#: id(runner) -> (why not, or None; bytes sent by value); an entry goes with its runner, before the id can be another's
+_known: dict[int, tuple[str | None, int]] = {}
 
 
 def shippable(runner: Any) -> str | None:
@@ -118,21 +118,24 @@ def shippable(runner: Any) -> str | None:
 
     By reference where it can be imported, else by value.
     """
-    return _examine(runner)[1]
+    return _examine(runner)[0]
 
 
 def shipped_bytes(runner: Any) -> int:
     """How many bytes each worker is sent for `runner`; 0 when it is sent by reference or not at all."""
-    return _examine(runner)[2]
+    return _examine(runner)[1]
 
 
-def _examine(runner: Any) -> tuple[Any, str | None, int]:
-    found = _known.get(id(runner))
+def _examine(runner: Any) -> tuple[str | None, int]:
+    key = id(runner)
+    found = _known.get(key)
     if found is None:
-        if len(_known) >= _MAX_CACHED:
-            _known.clear()
-        why, nbytes = (None, 0) if importable(runner) else _by_value(runner)
-        found = _known[id(runner)] = (runner, why, nbytes)
+        found = (None, 0) if importable(runner) else _by_value(runner)
+        try:
+            weakref.finalize(runner, _known.pop, key, None).atexit = False
+        except TypeError:
+            return found  # cannot be watched, so its id cannot be trusted later
+        _known[key] = found
     return found
 
 

@@ -89,6 +89,10 @@ class Rate(msgspec.Struct, frozen=True):
         _number("rate", "count", self.count, least=0, above=True)
         _number("rate", "seconds", self.seconds, least=0, above=True)
 
+    def __str__(self) -> str:
+        unit = {1.0: "s", 60.0: "min", 3600.0: "h", 86400.0: "d"}.get(self.seconds)
+        return f"{self.count:g}/{unit}" if unit else f"{self.count:g}/{self.seconds:g}s"
+
     @property
     def per_second(self) -> float:
         """Starts per second."""
