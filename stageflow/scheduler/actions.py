@@ -1,0 +1,146 @@
+"""What the scheduler wants done. The driver performs actions in the order they come and decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Action(msgspec.Struct, gc=False):
+    """Base of all actions."""
+
+
+class StartAttempt(Action):
+    """Run one attempt of a plain stage."""
+
+    task: int
+    run: int
+    stage: int
+    lane: str
+    attempt: int = 1
+    alone: bool = False
+    short: bool = False
+    tokens: dict[str, tuple[int, ...]] | None = None
+    feedback: dict[str, Any] | None = None
+
+
+class StartBlock(Action):
+    """Run a block of items of a map or sink. `segments` are (lo, hi, mask, ((handle, position or positions), ...))."""
+
+    task: int
+    run: int
+    stage: int
+    lane: str
+    segments: tuple[tuple[int, int, int, tuple[tuple[int, int | tuple[int, ...]], ...]], ...]
+    attempt: int = 1
+    alone: bool = False
+    short: bool = False
+    tokens: dict[str, tuple[int, ...]] | None = None
+
+
+class StartFold(Action):
+    """Run one step of a reduce: "fold" (a block), "continue" (a block onto an accumulator) or "merge"
+    (accumulators)."""
+
+    task: int
+    run: int
+    stage: int
+    lane: str
+    job: str
+    segments: tuple[tuple[int, int, int, tuple[tuple[int, int | tuple[int, ...]], ...]], ...] = ()
+    accumulators: tuple[int, ...] = ()
+    attempt: int = 1
+    alone: bool = False
+    tokens: dict[str, tuple[int, ...]] | None = None
+
+
+class StopAttempt(Action):
+    """Ask an attempt to stop; with `force`, by the strongest means its lane has."""
+
+    task: int
+    reason: str
+    force: bool = False
+
+
+class SetTimer(Action):
+    """Send TimerDue(timer) at monotonic second `at`. `task` is set for an attempt's own timeout."""
+
+    timer: int
+    at: float
+    task: int = 0
+
+
+class CancelTimer(Action):
+    """The timer is not wanted any more."""
+
+    timer: int
+
+
+class PullSource(Action):
+    """Let a source give up to `count` more items. The first pull starts it."""
+
+    run: int
+    stage: int
+    count: int
+
+
+class StopSource(Action):
+    """Close a source; SourceEnded follows."""
+
+    run: int
+    stage: int
+    reason: str
+
+
+class Decide(Action):
+    """Evaluate the `when` predicate of a stage."""
+
+    run: int
+    stage: int
+
+
+class Release(Action):
+    """Nobody needs these values any more."""
+
+    handles: tuple[int, ...]
+
+
+class Emit(Action):
+    """Tell the sinks."""
+
+    type: str
+    run: int
+    stage: int = -1
+    item: tuple[int, ...] | None = None
+    attempt: int | None = None
+    data: dict[str, Any] = {}
+
+
+class KeepItems(Action):
+    """The survivors of [lo, hi) of a stream lie in `handle` from place `at` on, and stay until it is released."""
+
+    run: int
+    stage: int
+    lo: int
+    hi: int
+    mask: int
+    handle: int
+    at: int
+
+
+class KeepAccumulator(Action):
+    """The value of a reduce is the accumulator `handle` (0: there was no element, the value is `initial`)."""
+
+    run: int
+    stage: int
+    handle: int
+
+
+class FinishRun(Action):
+    """The run is over; nothing of it is running. `status` is completed, failed or cancelled."""
+
+    run: int
+    status: str
+    reason: str | None = None
+    error: Any = None

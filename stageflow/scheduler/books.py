@@ -1,0 +1,151 @@
+"""The records the scheduler keeps: a task under way, a run, a lane. Plain state; the rules are in `machine` and its
+parts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from stageflow.core.output import ErrorInfo
+from stageflow.scheduler import signals as sig
+from stageflow.scheduler.streams import Segment, Stream
+
+
+class Task:
+    """One attempt under way. `segments` and `job` are set for blocks and folds."""
+
+    __slots__ = (
+        "accumulators",
+        "attempt",
+        "id",
+        "items",
+        "job",
+        "lane",
+        "node",
+        "reported",
+        "run",
+        "segments",
+        "since",
+        "spawning",
+        "stage",
+        "stopping",
+        "stream",
+        "timer",
+        "tokens",
+    )
+
+    def __init__(self, id: int, run: Run, stage: int, lane: str, attempt: int) -> None:
+        self.id = id
+        self.run = run
+        self.stage = stage
+        self.lane = lane
+        self.attempt = attempt
+        self.stream: Stream | None = None
+        self.segments: list[Segment] | None = None
+        self.items = 0
+        self.job: str | None = None
+        self.node: Any = None
+        self.accumulators: tuple[int, ...] = ()
+        self.timer = 0
+        self.stopping: str | None = None  # "timeout" or the reason of a cancel
+        self.tokens: dict[str, tuple[int, ...]] | None = None
+        self.since = 0.0
+        self.reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked
+        self.spawning = False
+
+
+class Run:
+    """One run's books."""
+
+    __slots__ = (
+        "blocked",
+        "blocked_by",
+        "clean",
+        "deadline_timer",
+        "deaths",
+        "decisions",
+        "ending",
+        "error",
+        "failed_items",
+        "feedback",
+        "first_start",
+        "grace_timer",
+        "guards",
+        "id",
+        "layout",
+        "listening",
+        "live_bytes",
+        "mode",
+        "open",
+        "plain",
+        "previous_delay",
+        "pulling",
+        "queued",
+        "reason",
+        "retry_timers",
+        "run_id",
+        "running",
+        "seq",
+        "skip_hints",
+        "sources",
+        "started_at",
+        "state",
+        "streams",
+        "tasks",
+        "timers",
+        "tries",
+        "waiting",
+    )
+
+    def __init__(self, signal: sig.RunSubmitted, seq: int, now: float) -> None:
+        layout = signal.layout
+        self.id = signal.run
+        self.run_id = signal.run_id
+        self.layout = layout
+        self.mode = signal.mode
+        self.listening = signal.listening
+        self.seq = seq
+        self.started_at = now
+        self.state = bytearray(layout.size)
+        self.waiting = array("i", layout.waits)
+        self.open = layout.size
+        self.running = 0
+        self.tasks: dict[int, Task] = {}
+        self.streams: dict[int, Stream] = {}
+        self.sources: list[Stream] = []
+        self.pulling = 0
+        self.timers: dict[int, Callable[[sig.TimerDue, float], None]] = {}
+        self.retry_timers = 0
+        self.tries: dict[int, int] = {}
+        self.deaths: dict[int, int] = {}
+        self.previous_delay: dict[Any, float] = {}
+        self.first_start: dict[Any, float] = {}
+        self.decisions: dict[int, tuple[str, ...]] = {}
+        self.skip_hints: dict[int, str] = {}
+        self.blocked_by: dict[int, int] = {}  # stage -> the failed stage that blocks it
+        self.blocked: list[Stream] = []
+        self.failed_items: dict[int, int] = {}
+        self.guards: dict[int, Any] = {}
+        self.feedback: dict[int, dict[str, Any]] = {}
+        self.clean = True  # nothing has failed
+        self.plain = True  # nothing has failed or been skipped: readiness needs no look at the dependencies
+        self.queued = 0  # entries of this run that wait for a slot or at a limit
+        self.ending: str | None = None
+        self.reason: str | None = None
+        self.error: ErrorInfo | None = None
+        self.grace_timer = 0
+        self.deadline_timer = 0
+        self.live_bytes = 0
+
+
+class Lane:
+    """Slots of one lane and what waits for them."""
+
+    __slots__ = ("heap", "name", "slots", "used")
+
+    def __init__(self, name: str, slots: int) -> None:
+        self.name = name
+        self.slots = slots
+        self.used = 0
+        self.heap: list[tuple[int, int, int, int, Run, int, Stream | None, float]] = []

@@ -1,0 +1,565 @@
+"""Decides when each stage may run.
+
+Takes signals (an attempt ended, items arrived, a timer fired), returns actions (start, stop, set a timer). Performs
+none of them:
+`stageflow.runtime.driver` does.
+
+May not import: asyncio, threading, time, random, logging, `stageflow.runtime`, any executor.
+Guarantees: actions come in the order they must be performed; equal signals in equal order give equal actions; every
+task ends
+exactly once; a run is finished only when nothing of it is running.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
+from typing import Any, Final
+
+from stageflow.core.errors import InvariantError
+from stageflow.core.output import ErrorInfo
+from stageflow.pipeline.policies import DEFAULT_POLICIES
+from stageflow.pipeline.spec import Role
+from stageflow.scheduler import actions as act
+from stageflow.scheduler import signals as sig
+from stageflow.scheduler.admission import Admission
+from stageflow.scheduler.books import Lane, Run, Task
+from stageflow.scheduler.flow import FlowRules
+from stageflow.scheduler.guards import GuardRules
+from stageflow.scheduler.outcomes import OutcomeRules
+from stageflow.scheduler.states import ALLOWED, ENDED, StageState
+from stageflow.scheduler.streams import Stream
+
+_S = StageState
+SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead (rules of the process lane)
+AHEAD: Final = 2  # tasks per worker when they are short
+
+
+class Machine(OutcomeRules, FlowRules, GuardRules):
+    """The scheduler of one event loop: any number of runs, one set of lanes.
+
+    `lanes` maps a lane's name to its slots; `tokens` names to how many there are; `memory` is the byte budget of live
+    values
+    (0 = none); `grace` is the time between asking and forcing.
+    """
+
+    def __init__(
+        self,
+        lanes: Mapping[str, int],
+        *,
+        tokens: Mapping[str, int] | None = None,
+        memory: int = 0,
+        grace: float = 5.0,
+        poison_limit: int = 3,
+        ahead: Mapping[str, int] | None = None,
+    ) -> None:
+        self.lanes = {name: Lane(name, slots) for name, slots in lanes.items()}
+        self.runs: dict[int, Run] = {}
+        self.tasks: dict[int, Task] = {}
+        self.grace = grace
+        self.memory = memory
+        self.poison_limit = poison_limit
+        self.live_bytes = 0
+        self.pressure = 0
+        self.pressure_reason = ""
+        self.admission = Admission(tokens or {})
+        self.ahead = dict(ahead or {})
+        self.seconds: dict[tuple[int, int], float] = {}  # (layout key, stage) -> smoothed seconds of an attempt
+        self._out: list[Any] = []
+        self._seq = 0
+        self._next_task = 0
+        self._next_timer = 0
+        self._timer_run: dict[int, Run | None] = {}
+        self._ended: deque[tuple[Run, int]] = deque()
+        self._settling = False
+        self._touched: dict[int, Run] = {}
+        self._due: list[tuple[int, int]] = []
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            sig.RunSubmitted: self._on_submitted,
+            sig.AttemptEnded: self._on_attempt_ended,
+            sig.BlockPart: self._on_block_part,
+            sig.ItemsArrived: self._on_items_arrived,
+            sig.SourceEnded: self._on_source_ended,
+            sig.Decided: self._on_decided,
+            sig.TimerDue: self._on_timer,
+            sig.CapacityChanged: self._on_capacity,
+            sig.PressureChanged: self._on_pressure,
+            sig.CancelRequested: self._on_cancel,
+            sig.ChildrenWait: self._on_children,
+        }
+
+    def handle(self, signal: Any, now: float) -> list[Any]:
+        """Take one signal; return what must happen next, in order. Never waits."""
+        out: list[Any] = []
+        self._out = out
+        self._handlers[type(signal)](signal, now)
+        self._dispatch(now)
+        return out
+
+    def handle_all(self, signals: list[Any], now: float) -> list[Any]:
+        """Take several signals of one loop turn; dispatch once."""
+        out: list[Any] = []
+        self._out = out
+        handlers = self._handlers
+        for signal in signals:
+            handlers[type(signal)](signal, now)
+        self._dispatch(now)
+        return out
+
+    # ------------------------------------------------------------ runs
+
+    def _on_submitted(self, signal: sig.RunSubmitted, now: float) -> None:
+        self._seq += 1
+        run = Run(signal, self._seq, now)
+        self.runs[run.id] = run
+        layout = run.layout
+        if run.listening:
+            self._emit("run.started", run, -1)
+        if signal.deadline is not None:
+            deadline = signal.deadline
+
+            def expired(due: sig.TimerDue, at: float) -> None:
+                run.deadline_timer = 0
+                self._end_run(run, "failed", f"the run took longer than its timeout of {deadline:g} s", at)
+
+            run.deadline_timer = self._set_timer(run, now + deadline, expired)
+        for stage in layout.elements:
+            self._open_stream(run, stage)
+        waiting = run.waiting
+        for stage in range(layout.size):
+            if waiting[stage] == 0:
+                self._came_ready(run, stage, now)
+        self._settle_ended(now)
+        self._touch(run)
+
+    def _on_cancel(self, signal: sig.CancelRequested, now: float) -> None:
+        run = self.runs.get(signal.run)
+        if run is None:
+            return
+        if run.ending is None:
+            self._end_run(run, "cancelled", signal.reason, now)
+        if signal.force:
+            for task in list(run.tasks.values()):
+                self._out.append(act.StopAttempt(task.id, signal.reason, force=True))
+        self._touch(run)
+
+    def _end_run(self, run: Run, status: str, reason: str, now: float, error: ErrorInfo | None = None) -> None:
+        """From now on nothing of the run starts; what runs is asked to stop."""
+        if run.ending is not None:
+            return
+        run.ending = status
+        run.reason = reason
+        run.error = error
+        of_tasks = {task.timer for task in run.tasks.values()}
+        for timer in list(run.timers):
+            if timer not in of_tasks:
+                self._drop_timer(timer)
+        run.deadline_timer = 0
+        run.retry_timers = 0
+        for task in run.tasks.values():
+            if task.stopping is None:
+                task.stopping = reason
+                self._out.append(act.StopAttempt(task.id, reason))
+        for source in run.sources:
+            if not source.ended and not source.stopped and source.started_at >= 0:
+                source.stopped = True
+                self._out.append(act.StopSource(run.id, source.stage, reason))
+        if run.running or run.pulling:
+
+            def force(due: sig.TimerDue, at: float) -> None:
+                run.grace_timer = 0
+                for task in list(run.tasks.values()):
+                    self._out.append(act.StopAttempt(task.id, reason, force=True))
+
+            run.grace_timer = self._set_timer(run, now + self.grace, force)
+        self._touch(run)
+
+    def _finish(self, run: Run, now: float) -> None:
+        """Nothing runs any more: close the books."""
+        status = run.ending
+        if status is not None:
+            state = run.state
+            for stage in range(run.layout.size):
+                if state[stage] < ENDED:
+                    state[stage] = _S.CANCELLED
+                    if run.listening:
+                        self._emit("stage.cancelled", run, stage, data={"reason": run.reason})
+            run.open = 0
+        else:
+            status = "completed" if run.clean and not run.failed_items else "failed"
+        for timer in list(run.timers):
+            self._drop_timer(timer)
+        del self.runs[run.id]
+        for stream in run.streams.values():
+            self._release_stream(run, stream)
+        self.live_bytes -= run.live_bytes
+        run.live_bytes = 0
+        self._out.append(act.FinishRun(run.id, status, run.reason, run.error))
+
+    # ------------------------------------------------------------ moving
+
+    def _move(self, run: Run, stage: int, to: StageState) -> None:
+        """The only place that writes a stage's state (but for the sweep of `_finish`)."""
+        came_from = run.state[stage]
+        if not ALLOWED[came_from * 16 + to]:
+            raise InvariantError(
+                f"illegal move of stage {run.layout.name(stage)!r}: {StageState(came_from).name} -> {to.name}",
+                stage=run.layout.name(stage),
+                run_id=run.run_id,
+            )
+        run.state[stage] = to
+
+    def _came_ready(self, run: Run, stage: int, now: float) -> None:
+        """Everything stage depends on has ended: decide whether it runs."""
+        if run.ending is not None or run.state[stage] != _S.WAITING:
+            return
+        layout = run.layout
+        if layout.special[stage] or not run.plain:
+            verdict = self._verdict(run, stage)
+            if verdict is not None:
+                if verdict == "decide":
+                    self._move(run, stage, _S.DECIDING)
+                    run.pulling += 1
+                    self._out.append(act.Decide(run.id, stage))
+                else:
+                    self._skip(run, stage, verdict)
+                return
+        self._enqueue_stage(run, stage, now)
+
+    def _enqueue_stage(self, run: Run, stage: int, now: float) -> None:
+        layout = run.layout
+        if layout.roles[stage] != Role.TASK:
+            self._move(run, stage, _S.FLOWING)
+            self._flow_begins(run, stage, now)
+            return
+        self._move(run, stage, _S.READY)
+        self._push_ready(run, stage, now)
+
+    def _push_ready(self, run: Run, stage: int, now: float) -> None:
+        layout = run.layout
+        lane = self.lanes[layout.lanes[stage]]
+        self._seq += 1
+        policies = layout.specs[stage].policies
+        priority = -policies.priority if policies is not DEFAULT_POLICIES else 0
+        run.queued += 1
+        heappush(lane.heap, (priority, -layout.depth[stage], run.seq, self._seq, run, stage, None, now))
+
+    def _on_decided(self, signal: sig.Decided, now: float) -> None:
+        run = self.runs.get(signal.run)
+        if run is None:
+            return
+        run.pulling -= 1
+        self._touch(run)
+        if run.ending is not None or run.state[signal.stage] != _S.DECIDING:
+            return
+        if signal.error is not None:
+            self._fail_stage(run, signal.stage, signal.error, now)
+        elif signal.go:
+            self._enqueue_stage(run, signal.stage, now)
+        else:
+            self._skip(run, signal.stage, "condition: `when` said no")
+        self._settle_ended(now)
+
+    def _skip(self, run: Run, stage: int, reason: str) -> None:
+        self._move(run, stage, _S.SKIPPED)
+        run.plain = False
+        run.skip_hints[stage] = reason
+        self._emit("stage.skipped", run, stage, data={"reason": reason})
+        self._stage_over(run, stage)
+
+    def _stage_over(self, run: Run, stage: int) -> None:
+        """The stage has ended; its dependents are looked at by `_settle_ended`."""
+        run.open -= 1
+        self._ended.append((run, stage))
+
+    def _settle_ended(self, now: float) -> None:
+        """Tell the dependents of ended stages, without recursion."""
+        ended = self._ended
+        while ended:
+            run, stage = ended.popleft()
+            layout = run.layout
+            waiting = run.waiting
+            readers = layout.readers.get(stage)
+            for dependent in layout.dependents[stage]:
+                if readers is not None and dependent in readers:
+                    continue
+                left = waiting[dependent] - 1
+                waiting[dependent] = left
+                if left == 0:
+                    self._came_ready(run, dependent, now)
+                elif left < 0:
+                    raise InvariantError(f"stage {layout.name(dependent)!r} was told more ends than it waits for")
+            if readers is not None:
+                for reader in readers:
+                    self._upstream_over(run, reader, stage, now)
+            if layout.gated_by and stage in layout.gated_by:
+                for gated in layout.gated_by[stage]:
+                    waiting[gated] -= 1
+                    if waiting[gated] == 0:
+                        self._came_ready(run, gated, now)
+            for producer in run.layout.graph.barriers.get(stage, ()):
+                self._collector_over(run, producer)
+            self._touch(run)
+
+    # ------------------------------------------------------------ slots
+
+    def _dispatch(self, now: float) -> None:
+        """Give free slots to what is ready: priority, then depth, then age."""
+        for lane in self.lanes.values():
+            if lane.heap:
+                self._dispatch_lane(lane, now)
+        if self._touched:
+            touched, self._touched = self._touched, {}
+            for run in touched.values():
+                self._after(run, now)
+            for lane in self.lanes.values():
+                if lane.heap:
+                    self._dispatch_lane(lane, now)
+            for run in touched.values():
+                if run.id in self.runs:
+                    self._check_over(run, now)
+
+    def _dispatch_lane(self, lane: Lane, now: float) -> None:
+        heap = lane.heap
+        most_ahead = lane.slots * self.ahead.get(lane.name, 1)
+        while heap:
+            if lane.used >= lane.slots:
+                if lane.used >= most_ahead:
+                    return
+                _, _, _, _, run, stage, stream, _ = heap[0]
+                if not self._is_short(run, stage, stream):
+                    return
+            entry = heappop(heap)
+            run, stage, stream = entry[4], entry[5], entry[6]
+            run.queued -= 1
+            if run.ending is not None:
+                if stream is not None:
+                    stream.queued = False
+                continue
+            if stream is None:
+                if run.state[stage] == _S.READY:
+                    if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
+                        continue
+                    self._start(run, stage, lane, entry[7], now)
+            else:
+                stream.queued = False
+                self._start_flow(run, stream, lane, entry, now)
+
+    def _is_short(self, run: Run, stage: int, stream: Stream | None) -> bool:
+        """Measured to take less than SHORT_SECONDS, and free of a timeout (whose clock would run in a queue)."""
+        policies = run.layout.specs[stage].policies
+        if policies is not DEFAULT_POLICIES and policies.timeout is not None:
+            return False
+        if stream is not None and stream.can_block and stream.measured:
+            return True  # blocks are cut to a few milliseconds
+        return self.seconds.get((run.layout.key, stage), 1.0) < SHORT_SECONDS
+
+    def _admit(self, run: Run, stage: int, lane: Lane, entry: Any, now: float) -> bool:
+        """Ask the limits of a stage; when refused, the entry waits at the limit that refused it."""
+        reason = self.admission.ask(run.layout.key, stage, run.layout.specs[stage].policies, now)
+        if reason is None:
+            return True
+        entry[4].queued += 1
+        if entry[6] is not None:
+            entry[6].queued = True
+        at = self.admission.park(reason, (lane.name, entry))
+        if at is not None:
+            self._set_timer(None, at, lambda due, when: self._unpark(reason, when))
+        return False
+
+    def _unpark(self, reason: str, now: float) -> None:
+        for lane_name, entry in self.admission.unpark(reason):
+            heappush(self.lanes[lane_name].heap, entry)
+
+    def _start(self, run: Run, stage: int, lane: Lane, since: float, now: float) -> None:
+        self._next_task = id = self._next_task + 1
+        attempt = run.tries.get(stage, 0) + 1 if run.tries else 1
+        task = Task(id, run, stage, lane.name, attempt)
+        task.since = since
+        layout = run.layout
+        policies = layout.specs[stage].policies
+        lane.used += 1
+        run.running += 1
+        self.tasks[id] = task
+        run.tasks[id] = task
+        self._move(run, stage, _S.RUNNING)
+        if policies is not DEFAULT_POLICIES:
+            run.first_start.setdefault(stage, now)
+            if layout.limited[stage]:
+                task.tokens = self.admission.take(layout.key, stage, policies, now)
+            if policies.timeout is not None:
+                self._arm_timeout(task, policies.timeout, now)
+        if run.listening:
+            self._emit("stage.started", run, stage, attempt=attempt)
+        self._out.append(
+            act.StartAttempt(
+                id,
+                run.id,
+                stage,
+                lane.name,
+                attempt,
+                bool(run.deaths and run.deaths.get(stage, 0)),
+                self._is_short(run, stage, None),
+                task.tokens,
+                run.feedback.get(stage) if run.feedback else None,
+            )
+        )
+
+    def _drop_task(self, task: Task, now: float) -> None:
+        """The task is over: give back what it held."""
+        run = task.run
+        del self.tasks[task.id]
+        del run.tasks[task.id]
+        run.running -= 1
+        lane = self.lanes[task.lane]
+        if not task.spawning:
+            lane.used -= 1
+        if task.timer:
+            self._drop_timer(task.timer)
+            task.timer = 0
+        if run.layout.limited[task.stage]:
+            for reason in self.admission.give_back(
+                run.layout.key, task.stage, run.layout.specs[task.stage].policies, task.tokens
+            ):
+                self._unpark(reason, now)
+        self._touch(run)
+
+    def _on_children(self, signal: sig.ChildrenWait, now: float) -> None:
+        task = self.tasks.get(signal.task)
+        if task is None or task.spawning == signal.waiting:
+            return
+        task.spawning = signal.waiting
+        self.lanes[task.lane].used += -1 if signal.waiting else 1
+        self._touch(task.run)
+
+    def _on_capacity(self, signal: sig.CapacityChanged, now: float) -> None:
+        self.lanes[signal.lane].slots = signal.slots
+        for run in self.runs.values():
+            self._touch(run)
+
+    def _on_pressure(self, signal: sig.PressureChanged, now: float) -> None:
+        self.pressure, self.pressure_reason = signal.level, signal.reason
+        for run in self.runs.values():
+            self._touch(run)
+
+    # ------------------------------------------------------------ timers
+
+    def _set_timer(self, run: Run | None, at: float, then: Callable[[sig.TimerDue, float], None], task: int = 0) -> int:
+        self._next_timer = timer = self._next_timer + 1
+        self._timer_run[timer] = run
+        if run is not None:
+            run.timers[timer] = then
+        else:
+            self._loose_timers[timer] = then
+        self._out.append(act.SetTimer(timer, at, task))
+        return timer
+
+    @property
+    def _loose_timers(self) -> dict[int, Callable[[sig.TimerDue, float], None]]:
+        return self.admission.timers
+
+    def _drop_timer(self, timer: int) -> None:
+        run = self._timer_run.pop(timer, None)
+        if run is not None:
+            run.timers.pop(timer, None)
+        self._out.append(act.CancelTimer(timer))
+
+    def _on_timer(self, signal: sig.TimerDue, now: float) -> None:
+        if signal.timer not in self._timer_run:
+            return  # it was cancelled while it was on its way
+        run = self._timer_run.pop(signal.timer)
+        if run is None:
+            self._loose_timers.pop(signal.timer)(signal, now)
+            return
+        then = run.timers.pop(signal.timer)
+        then(signal, now)
+        self._settle_ended(now)
+        self._touch(run)
+
+    def _arm_timeout(self, task: Task, limit: float, now: float, at: float | None = None) -> None:
+        """Ask to be told when the attempt may have used up its time; queueing does not count."""
+
+        def due(signal: sig.TimerDue, when: float) -> None:
+            task.timer = 0
+            if task.id not in self.tasks or task.stopping is not None:
+                return
+            elapsed = signal.elapsed
+            if elapsed is None or elapsed < limit:
+                self._arm_timeout(task, limit, when, when + limit - (elapsed or 0.0))
+                return
+            task.stopping = "timeout"
+            self._out.append(act.StopAttempt(task.id, f"timeout after {limit:g} s"))
+
+            def force(signal: sig.TimerDue, when: float) -> None:
+                task.timer = 0
+                if task.id in self.tasks:
+                    self._out.append(act.StopAttempt(task.id, f"timeout after {limit:g} s", force=True))
+
+            task.timer = self._set_timer(task.run, when + self.grace, force)
+
+        task.timer = self._set_timer(task.run, at if at is not None else now + limit, due, task.id)
+
+    # ------------------------------------------------------------ the end of a turn
+
+    def _touch(self, run: Run) -> None:
+        self._touched[run.id] = run
+
+    def _after(self, run: Run, now: float) -> None:
+        """Once per signal and touched run: let blocked streams try again, pull sources."""
+        if run.id not in self.runs or run.ending is not None or not run.streams:
+            return
+        if run.blocked:
+            blocked, run.blocked = run.blocked, []
+            for stream in blocked:
+                stream.blocked = False
+                self._offer(run, stream, now)
+        self._pull_sources(run, now)
+
+    def _check_over(self, run: Run, now: float) -> None:
+        if run.running or run.pulling:
+            return
+        if run.open == 0 or run.ending is not None:
+            if run.grace_timer:
+                self._drop_timer(run.grace_timer)
+                run.grace_timer = 0
+            self._finish(run, now)
+            return
+        self._unstick(run, now)
+
+    def _unstick(self, run: Run, now: float) -> None:
+        """Nothing of the run is running. Draining is never refused: admit its deepest blocked stream, or say who
+        waits for whom."""
+        if run.blocked:
+            deepest = max(run.blocked, key=lambda stream: run.layout.depth[stream.stage])
+            run.blocked.remove(deepest)
+            deepest.blocked = False
+            lane = self.lanes[run.layout.lanes[deepest.stage]]
+            if lane.used < lane.slots:
+                self._start_blocks(run, deepest, lane, now, forced=True)
+                return
+        if self._force_pull(run, now):
+            return
+        if run.retry_timers or run.queued:
+            return
+        layout = run.layout
+        names = [layout.name(i) for i in range(layout.size) if run.state[i] < ENDED][:8]
+        error = ErrorInfo(
+            type="stageflow.core.errors.NoProgressError",
+            code="SF-NO-PROGRESS",
+            message=f"nothing runs and nothing can start; not finished: {', '.join(names)}",
+        )
+        self._end_run(run, "failed", error.message, now, error)
+        self._check_over(run, now)
+
+    def _emit(
+        self,
+        type: str,
+        run: Run,
+        stage: int,
+        *,
+        item: tuple[int, ...] | None = None,
+        attempt: int | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        self._out.append(act.Emit(type, run.id, stage, item, attempt, data or {}))

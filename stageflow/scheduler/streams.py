@@ -1,0 +1,437 @@
+"""The rows of a stream: which items of a map, sink or reduce wait, run, are done. No item has an object of its own
+unless it failed.
+
+Items are known by index in their index space; they move in segments (index ranges with a mask of who is there), so
+the cost of a
+finished block does not depend on the length of the stream, and the state is O(stages + segments in flight).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+from typing import Final
+
+from stageflow.core.errors import InvariantError
+
+#: seconds of work a block aims at; 0.25 to 4 ms cannot be told apart for no-ops, longer ones cost the tail
+BLOCK_SECONDS: Final = 0.002
+SMOOTHING: Final = 0.3
+
+
+class Chunk:
+    """One encoded list of values. `left` counts reads still to come: items x readers (+1 while it is kept)."""
+
+    __slots__ = ("handle", "left", "nbytes")
+
+    def __init__(self, handle: int, left: int, nbytes: int) -> None:
+        self.handle = handle
+        self.left = left
+        self.nbytes = nbytes
+
+
+Column = tuple[Chunk, "int | tuple[int, ...]"]
+
+
+class Segment:
+    """Indices [lo, hi) of which `mask` are there (-1: all), and where their values lie: one column per element-wise
+    parameter.
+
+    A column's position is the place of the segment's first item in the chunk's list, or the places of all of them.
+    `deaths` counts workers lost while they ran it; `attempt` is the number of the attempt to come.
+    """
+
+    __slots__ = ("attempt", "columns", "deaths", "hi", "lo", "mask", "since")
+
+    def __init__(
+        self, lo: int, hi: int, mask: int, columns: tuple[Column, ...], since: float, deaths: int = 0, attempt: int = 1
+    ) -> None:
+        self.lo = lo
+        self.hi = hi
+        self.mask = mask
+        self.columns = columns
+        self.since = since
+        self.deaths = deaths
+        self.attempt = attempt
+
+    def count(self) -> int:
+        """How many items are there."""
+        return self.hi - self.lo if self.mask < 0 else self.mask.bit_count()
+
+    def cut(self, lo: int, hi: int) -> Segment:
+        """The part with indices [lo, hi), which must lie inside."""
+        if lo == self.lo and hi == self.hi:
+            return self
+        mask = self.mask
+        if mask < 0:
+            before, kept = lo - self.lo, -1
+            there = hi - lo
+        else:
+            below = mask & ((1 << (lo - self.lo)) - 1)
+            before = below.bit_count()
+            kept = (mask >> (lo - self.lo)) & ((1 << (hi - lo)) - 1)
+            there = kept.bit_count()
+            if kept == (1 << (hi - lo)) - 1:
+                kept = -1
+        columns = tuple(
+            (chunk, at + before if isinstance(at, int) else at[before : before + there]) for chunk, at in self.columns
+        )
+        return Segment(lo, hi, kept, columns, self.since, self.deaths, self.attempt)
+
+    def split_at(self, count: int) -> tuple[Segment, Segment | None]:
+        """The first `count` items (with the gaps between and after them up to the next item), and the rest."""
+        if count >= self.count():
+            return self, None
+        if self.mask < 0:
+            middle = self.lo + count
+        else:
+            mask = self.mask
+            for _ in range(count):
+                mask &= mask - 1
+            middle = self.lo + (mask & -mask).bit_length() - 1
+        return self.cut(self.lo, middle), self.cut(middle, self.hi)
+
+    def wire(self) -> tuple[int, int, int, tuple[tuple[int, int | tuple[int, ...]], ...]]:
+        """The segment as an action carries it."""
+        return self.lo, self.hi, self.mask, tuple((chunk.handle, at) for chunk, at in self.columns)
+
+
+def mask_and(lo: int, hi: int, a: int, b: int) -> int:
+    """Intersection of two masks of the same range."""
+    if a < 0:
+        return b
+    if b < 0:
+        return a
+    both = a & b
+    return -1 if both == (1 << (hi - lo)) - 1 else both
+
+
+class Frontier:
+    """Puts ranges that finish in any order back into order: `add` them, `take` what has become the next."""
+
+    __slots__ = ("_early", "next")
+
+    def __init__(self) -> None:
+        self.next = 0
+        self._early: dict[int, object] = {}
+
+    def add(self, lo: int, what: object) -> None:
+        """A range that begins at `lo`; `what` knows its end."""
+        if lo in self._early or lo < self.next:
+            raise InvariantError(f"index {lo} was finished twice")
+        self._early[lo] = what
+
+    def take(self, end_of: Callable[[object], int]) -> Iterator[object]:
+        """Everything that now lies without a gap after what was taken before."""
+        while (found := self._early.pop(self.next, None)) is not None:
+            self.next = end_of(found)
+            yield found
+
+    def __len__(self) -> int:
+        return len(self._early)
+
+
+class Join:
+    """Brings the columns of an element-wise join together: inner join by index."""
+
+    __slots__ = ("dropped", "pending", "width")
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.pending: list[list[Segment]] = [[] for _ in range(width)]
+        self.dropped = 0  #: items that one side had and another lacked
+
+    def add(self, column: int, segment: Segment) -> list[Segment]:
+        """One side has these indices; the segments that are now complete."""
+        self.pending[column].append(segment)
+        ready: list[Segment] = []
+        progress = True
+        while progress:
+            progress = False
+            common = self._overlap()
+            if common is not None:
+                ready.append(self._merge(*common))
+                progress = True
+        return ready
+
+    def _overlap(self) -> tuple[int, int] | None:
+        """A range that every side has."""
+        for first in self.pending[0]:
+            lo, hi = first.lo, first.hi
+            for side in self.pending[1:]:
+                best: tuple[int, int] | None = None
+                for other in side:
+                    start, stop = max(lo, other.lo), min(hi, other.hi)
+                    if start < stop:
+                        best = (start, stop)
+                        break
+                if best is None:
+                    break
+                lo, hi = best
+            else:
+                return lo, hi
+        return None
+
+    def _merge(self, lo: int, hi: int) -> Segment:
+        parts: list[Segment] = []
+        for side in self.pending:
+            for place, segment in enumerate(side):
+                if segment.lo <= lo and hi <= segment.hi:
+                    side.pop(place)
+                    if segment.lo < lo:
+                        side.append(segment.cut(segment.lo, lo))
+                    if hi < segment.hi:
+                        side.append(segment.cut(hi, segment.hi))
+                    parts.append(segment.cut(lo, hi))
+                    break
+        mask = -1
+        for part in parts:
+            mask = mask_and(lo, hi, mask, part.mask)
+        there = hi - lo if mask < 0 else mask.bit_count()
+        columns: list[Column] = []
+        for part in parts:
+            chunk, at = part.columns[0]
+            lost = part.count() - there
+            if lost == 0:
+                columns.append((chunk, at))
+                continue
+            self.dropped += lost
+            chunk.left -= lost
+            positions = []
+            seen = 0
+            for offset in range(hi - lo):
+                if part.mask < 0 or part.mask >> offset & 1:
+                    if mask < 0 or mask >> offset & 1:
+                        positions.append(at + seen if isinstance(at, int) else at[seen])
+                    seen += 1
+            columns.append((chunk, tuple(positions)))
+        return Segment(lo, hi, mask, tuple(columns), parts[0].since)
+
+
+class Fold:
+    """The books of a reduce: items by fixed blocks of their index, accumulators by a fixed tree over block numbers.
+
+    A node (level, i) covers blocks [i * FAN ** level, ...); FAN binary levels are merged inside one task, in the
+    binary order.
+    """
+
+    __slots__ = ("acc", "block", "blocks", "jobs", "nodes", "total_blocks")
+    FAN: Final = 8
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.blocks: dict[int, tuple[int, list[Segment]]] = {}  # number -> indices finished, segments
+        self.nodes: dict[tuple[int, int], int] = {}  # (level, i) -> handle of its accumulator; 0 = empty
+        self.jobs: deque[tuple[str, object]] = deque()
+        self.total_blocks = -1
+        self.acc = 0
+
+    def add(self, segment: Segment) -> None:
+        """Indices of the reduced stream are final; a block that is whole becomes a job."""
+        lo = segment.lo
+        while lo < segment.hi:
+            number = lo // self.block
+            hi = min(segment.hi, (number + 1) * self.block)
+            seen, parts = self.blocks.get(number, (0, []))
+            part = segment.cut(lo, hi)
+            if part.count():
+                parts.append(part)
+            seen += hi - lo
+            if seen == self.block:
+                self.blocks.pop(number, None)
+                self.ready(number, parts)
+            else:
+                self.blocks[number] = (seen, parts)
+            lo = hi
+
+    def ready(self, number: int, parts: list[Segment]) -> None:
+        """Block `number` is complete: fold it, or note it as empty."""
+        if parts:
+            parts.sort(key=lambda part: part.lo)
+            self.jobs.append(("fold", (number, parts)))
+        else:
+            self.settle(0, number, 0)
+
+    def close(self, total: int) -> None:
+        """The stream has `total` indices: the last block may be short."""
+        self.total_blocks = -(-total // self.block)
+        for number in sorted(self.blocks):
+            _, parts = self.blocks.pop(number)
+            self.ready(number, parts)
+        self.merge_all()
+
+    def settle(self, level: int, i: int, handle: int) -> None:
+        """The accumulator of a node is known; merge its group if that is whole."""
+        self.nodes[level, i] = handle
+        self._try_merge(level, i // self.FAN)
+
+    def width(self, level: int) -> int:
+        """Nodes of a level, once the number of blocks is known."""
+        width = self.total_blocks
+        for _ in range(level):
+            width = -(-width // self.FAN)
+        return width
+
+    def _try_merge(self, level: int, group: int) -> None:
+        first = group * self.FAN
+        if self.total_blocks >= 0:
+            width = self.width(level)
+            if width <= 1:
+                return
+            last = min(first + self.FAN, width)
+        else:
+            last = first + self.FAN
+        if first >= last or any((level, i) not in self.nodes for i in range(first, last)):
+            return
+        handles = [self.nodes.pop((level, i)) for i in range(first, last)]
+        present = [handle for handle in handles if handle]
+        if len(present) <= 1:
+            self.settle(level + 1, group, present[0] if present else 0)
+        else:
+            self.jobs.append(("merge", (level + 1, group, tuple(handles))))
+
+    def merge_all(self) -> None:
+        """Look at every waiting group again: the ragged right edge can only be merged once the end is known."""
+        for level, group in sorted({(level, i // self.FAN) for level, i in self.nodes}):
+            self._try_merge(level, group)
+
+    def root(self) -> int | None:
+        """Handle of the final accumulator (0 = there was no item); None while it is not known."""
+        if self.total_blocks < 0 or self.jobs:
+            return None
+        if self.total_blocks == 0:
+            return 0
+        level, width = 0, self.total_blocks
+        while width > 1:
+            width = -(-width // self.FAN)
+            level += 1
+        return self.nodes.get((level, 0))
+
+
+class Stream:
+    """One source, map, sink or reduce of one run."""
+
+    __slots__ = (
+        "arrived",
+        "avg_bytes",
+        "avg_seconds",
+        "batch",
+        "batch_frontier",
+        "batch_group",
+        "batch_timer",
+        "blocked",
+        "can_block",
+        "collected",
+        "done",
+        "dropped",
+        "ended",
+        "failed",
+        "flow_frontier",
+        "flowing",
+        "fold",
+        "granted",
+        "in_total",
+        "is_source",
+        "jobs",
+        "join",
+        "keeps",
+        "kept",
+        "measured",
+        "ok",
+        "out_next",
+        "pending_retries",
+        "pull_open",
+        "queued",
+        "readers",
+        "ready",
+        "ready_count",
+        "running",
+        "serial",
+        "stage",
+        "started_at",
+        "stopped",
+        "tick",
+        "window",
+    )
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+        self.ready: list[tuple[int, int, Segment]] = []  # heap by index: oldest item first
+        self.ready_count = 0
+        self.tick = 0
+        self.running = 0  # items in running tasks
+        self.arrived = 0  # indices that came in
+        self.done = 0  # indices finished here (gaps included)
+        self.in_total = -1
+        self.ok = 0
+        self.dropped = 0
+        self.failed = 0
+        self.out_next = 0  # next index of the output's own space
+        self.queued = False
+        self.blocked = False
+        self.flowing = False
+        self.ended = False
+        self.stopped = False
+        self.is_source = False
+        self.pull_open = False  # a pull is out
+        self.granted = 0
+        self.window = 16
+        self.pending_retries = 0
+        self.avg_seconds = 0.0
+        self.avg_bytes = 0.0
+        self.measured = 0
+        self.started_at = -1.0
+        self.can_block = False
+        self.collected = 0  # readers of the whole stream that have ended
+        self.serial = False
+        self.batch = 0
+        self.batch_timer = 0
+        self.batch_group: list[Segment] = []
+        self.batch_frontier: Frontier | None = None
+        self.flow_frontier: Frontier | None = None
+        self.join: Join | None = None
+        self.fold: Fold | None = None
+        self.jobs: deque[list[Segment]] = deque()
+        self.keeps = False
+        self.kept: list[Chunk] = []
+        self.readers: list[Stream] = []
+
+    def push(self, segment: Segment) -> None:
+        """Items that may be run."""
+        self.tick += 1
+        heappush(self.ready, (segment.lo, self.tick, segment))
+        self.ready_count += segment.count()
+
+    def pop(self) -> Segment:
+        """The oldest segment."""
+        segment = heappop(self.ready)[2]
+        self.ready_count -= segment.count()
+        return segment
+
+    def measure(self, items: int, seconds: float, nbytes: int) -> None:
+        """Fold a finished part into the running averages."""
+        if items <= 0:
+            return
+        per_item, per_bytes = seconds / items, nbytes / items
+        if self.measured == 0:
+            self.avg_seconds, self.avg_bytes = per_item, per_bytes
+        else:
+            self.avg_seconds += SMOOTHING * (per_item - self.avg_seconds)
+            self.avg_bytes += SMOOTHING * (per_bytes - self.avg_bytes)
+        self.measured += items
+
+    def block_size(self, slots: int, most: int) -> int:
+        """Items to hand over at once: some milliseconds of work, shrinking towards the end of what is known to come."""
+        if not self.can_block:
+            return 1
+        waiting = self.ready_count
+        if self.measured == 0:
+            return max(1, min(64, most, waiting // max(1, 2 * slots)))
+        wanted = int(BLOCK_SECONDS / self.avg_seconds) if self.avg_seconds > 0 else most
+        wanted = max(1, min(wanted, most))
+        if self.in_total >= 0 and self.arrived >= self.in_total:
+            share = -(-waiting // (2 * slots))
+            floor = int(0.0005 / self.avg_seconds) if self.avg_seconds > 0 else most
+            wanted = min(wanted, max(1, share, min(floor, most)))
+        return wanted
