@@ -222,7 +222,7 @@ class TrafilaturaExtractor(LxmlExtractor):
         )
 
 
-def page_from(result: FetchResult, extractor: ContentExtractor | None, *, depth: int = 0) -> WebPage:
+def page_from(result: FetchResult, extractor: ContentExtractor | None) -> WebPage:
     """The page a response is. Without an extractor, and for what is not HTML, the text is the first 10,000 characters.
 
     A status of 400 and above is an error, but the page keeps what it says.
@@ -247,15 +247,13 @@ def page_from(result: FetchResult, extractor: ContentExtractor | None, *, depth:
         extract_duration_ms=extracted.duration_ms,
         fetched_at=time.time(),
         word_count=extracted.word_count,
-        error=f"HTTP {status}" if status >= 400 else None,
-        depth=depth,
+        error=result.error or (f"HTTP {status}" if status >= 400 else None),
+        depth=result.depth,
     )
 
 
 def _is_binary(result: FetchResult) -> bool:
     kind = result.content_type.partition("/")[0]
-    return (
-        kind in {"image", "audio", "video", "font"}
-        or (b"\0" in result.body[:1024]
-        and not result.encoding.startswith("utf-16"))
+    return kind in {"image", "audio", "video", "font"} or (
+        b"\0" in result.body[:1024] and not result.encoding.startswith("utf-16")
     )

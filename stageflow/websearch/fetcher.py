@@ -12,10 +12,10 @@ import contextlib
 import http.cookiejar
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 import msgspec
 
@@ -386,7 +386,8 @@ class HttpxFetcher:
                 got = {name.lower(): value for name, value in response.headers.items()}
                 decoder = BodyDecoder(got.get("content-encoding", ""), limit=max_bytes)
                 taken = 0
-                async with contextlib.aclosing(response.aiter_raw()) as chunks:
+                stream = cast("AsyncGenerator[bytes, None]", response.aiter_raw())
+                async with contextlib.aclosing(stream) as chunks:
                     async for chunk in chunks:
                         taken += len(chunk)
                         if not decoder.feed(chunk):

@@ -176,6 +176,13 @@ class FetchResult(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     redirects: list[str] = []  # every URL that answered with a redirect, in order
     truncated: bool = False  # the body was longer than `max_response_size`
     from_cache: bool = False  # the server said 304; the body is the stored one
+    error: str | None = None  # why there is no response; only where a failure must flow on (a crawl)
+    depth: int = 0  # links away from the start page of a crawl
+
+    @classmethod
+    def error_result(cls, url: str, error: str, *, depth: int = 0) -> FetchResult:
+        """The response that stands for none."""
+        return cls(status_code=0, final_url=url, url=url, error=error, depth=depth)
 
     @classmethod
     def from_text(cls, text: str, *, url: str, status_code: int = 200, content_type: str = "text/html") -> FetchResult:
