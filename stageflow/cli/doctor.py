@@ -14,18 +14,10 @@ from typing import Any, Final
 import click
 import msgspec
 
-from stageflow import EngineConfig
 from stageflow.cli.machine import Machine, survey
 from stageflow.report.terminal import console, jsonable, seconds, size
+from stageflow.runtime.config import ENVIRONMENT, EngineConfig
 
-#: fields of EngineConfig that an environment variable overrides
-ENVIRONMENT: Final = {
-    "processes": "STAGEFLOW_PROCESSES",
-    "threads": "STAGEFLOW_THREADS",
-    "memory_limit": "STAGEFLOW_MEMORY_LIMIT",
-    "lane": "STAGEFLOW_LANE",
-    "start_method": "STAGEFLOW_START_METHOD",
-}
 _LANE: Final = "stageflow_executors.processes.pool:ProcessExecutor"
 _ROUND_TRIPS: Final = 300
 _COPY_BYTES: Final = 32 << 20
@@ -84,10 +76,10 @@ def doctor(as_json: bool, measure: bool) -> int:
 def effective_settings(environment: Mapping[str, str]) -> list[Setting]:
     """Every field of the configuration a new engine would have here; DefinitionError for a value that cannot be."""
     config = EngineConfig.from_environment(environment)
+    variables = {name: variable for variable, name in ENVIRONMENT.items() if environment.get(variable)}
     found = []
     for name in config.__struct_fields__:
-        variable = ENVIRONMENT.get(name)
-        source = f"environment ({variable})" if variable and environment.get(variable) else "default"
+        source = f"environment ({variables[name]})" if name in variables else "default"
         found.append(Setting(name, getattr(config, name), source))
     return found
 
@@ -147,7 +139,7 @@ def _print(machine: Machine, settings: list[Setting], speed: Speed | None, probl
             ("open files", f"{machine.open_files:,}" if machine.open_files else "unknown"),
         ],
     )
-    section("configuration", [(one.name, _shown(one.value), one.source) for one in settings])
+    section("configuration", [(one.name, _shown(one, machine), one.source) for one in settings])
     if speed is not None:
         section(
             "measured with one worker",
@@ -161,7 +153,15 @@ def _print(machine: Machine, settings: list[Setting], speed: Speed | None, probl
         console(sys.stderr).print(problem, style="red")
 
 
-def _shown(value: Any) -> str:
-    if value is None:
+def _shown(setting: Setting, machine: Machine) -> str:
+    """The value, and what it comes to on this machine where it does not say so itself."""
+    name, value = setting.name, setting.value
+    if name == "processes" and value is None:
+        return f"{machine.usable_cores} (the usable cores)"
+    if name == "memory_limit" and isinstance(value, float):
+        return f"{value:g} ({size(value * machine.usable_memory)})"
+    if name == "start_method" and value is None:
+        return "spawn" if sys.platform == "win32" else "forkserver"
+    if value is None or value == () or value == {}:
         return "-"
     return str(value) if isinstance(value, str | int | float) else repr(value)

@@ -45,6 +45,17 @@ class Machine(msgspec.Struct, frozen=True):
     shared_memory: str
     open_files: int | None
 
+    @property
+    def usable_cores(self) -> int:
+        """By affinity and quota; half a core and more counts as one."""
+        quota = self.cgroup.cpus
+        return self.usable_by_affinity if quota is None else max(1, min(self.usable_by_affinity, round(quota)))
+
+    @property
+    def usable_memory(self) -> int:
+        """What the machine has, or less where a cgroup says so."""
+        return self.memory if self.cgroup.memory is None else min(self.memory, self.cgroup.memory)
+
 
 def survey() -> Machine:
     """Look at this machine."""

@@ -36,7 +36,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--memory-limit", metavar="SIZE", help="Bytes (512MB, 4GiB) or a share of the machine (0.5)."),
         click.option("--threads", type=click.IntRange(min=1), help="Threads for blocking stages."),
-        click.option("--processes", "-p", type=click.IntRange(min=0), help="Workers. Default: one per usable core."),
+        click.option("--processes", "-p", type=click.IntRange(min=1), help="Workers. Default: one per usable core."),
         click.option(
             "--lane",
             type=click.Choice([str(lane) for lane in LANES]),
