@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -159,11 +159,11 @@ class CpuMeter:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with whatever JSON has no word for as text; large byte strings as their length."""
+    """`value` for JSON: bytes as base64, any sequence or mapping as one, what JSON has no word for as its repr."""
     return msgspec.to_builtins(value, enc_hook=_as_text, str_keys=True, builtin_types=())
 
 
 def _as_text(value: Any) -> Any:
-    if isinstance(value, memoryview | bytearray):
-        return f"<{len(value)} bytes>"
-    return repr(value)
+    if isinstance(value, Sequence) and not isinstance(value, range):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else repr(value)
