@@ -12,6 +12,7 @@ from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.graph import StageGraph
 from stageflow.report.terminal import CpuSplit, console, jsonable, seconds, stage_table
+from stageflow.runtime.result import FailureRecord, RunResult
 
 #: failures and outputs beyond these are counted, not listed
 _MAX_FAILURES: Final = 10
@@ -24,7 +25,7 @@ def stopped(interrupt: BaseException) -> tuple[Any, int]:
     return getattr(interrupt, "result", None), code
 
 
-def as_data(graph: StageGraph, result: Any) -> dict[str, Any]:
+def as_data(graph: StageGraph, result: RunResult) -> dict[str, Any]:
     """The result for `--json`: bytes as base64, what JSON has no word for as text."""
     outputs = {}
     for name, output in result.outputs.items():
@@ -48,14 +49,14 @@ def as_data(graph: StageGraph, result: Any) -> dict[str, Any]:
             "cancel_reason": result.cancel_reason,
             "error": result.error,
             "outputs": outputs,
-            "failures": [failure for _, failure in _failures(result)],
+            "failures": result.failures.to_dict(),
             "stats": {name: row.to_dict() for name, row in result.stats.items()},
         }
     )
     return data
 
 
-def print_result(graph: StageGraph, result: Any, cpu: CpuSplit, *, traceback: bool = False) -> None:
+def print_result(graph: StageGraph, result: RunResult, cpu: CpuSplit, *, traceback: bool = False) -> None:
     """Status, the values of the last stages, the table of stages, the failures."""
     out = console(sys.stdout)
     for index, spec in enumerate(graph.specs):
@@ -77,56 +78,43 @@ def print_result(graph: StageGraph, result: Any, cpu: CpuSplit, *, traceback: bo
     )
 
 
-def print_failures(result: Any, *, traceback: bool = False) -> None:
-    """Each failure on standard error: stage, item, lane, attempt, what was raised and where.
+def print_failures(result: RunResult, *, traceback: bool = False) -> None:
+    """Each failure on standard error: stage, item, lane, attempts, what was raised and where.
 
     Then what was left behind.
     """
     out = console(sys.stderr)
-    failures = _failures(result)
-    for title, info in failures[:_MAX_FAILURES]:
-        out.print(f"failed: {title}", style="red", soft_wrap=True)
-        if isinstance(info, ErrorInfo):
-            for line in _explained(info, traceback=traceback):
-                out.print(f"  {line}", soft_wrap=True)
-    if len(failures) > _MAX_FAILURES:
-        out.print(f"... and {len(failures) - _MAX_FAILURES} more failures (--json lists them)")
+    failures = list(result.failures)
+    for failure in failures[:_MAX_FAILURES]:
+        out.print(f"failed: {_title(failure)}", style="red", soft_wrap=True)
+        for line in _explained(failure.error_info, traceback=traceback):
+            out.print(f"  {line}", soft_wrap=True)
+    more = max(len(failures), result.failures.failed_items) - _MAX_FAILURES
+    if more > 0:
+        out.print(f"... and {more:,} more failures")
     if not failures and result.error and not result.cancelled:
         out.print(f"failed: {result.error}", style="red", soft_wrap=True)
-    for left in getattr(result, "abandoned", ()) or ():
-        out.print(f"abandoned: {left}", soft_wrap=True)
+    for left in result.abandoned:
+        item = f", item {'.'.join(map(str, left.item))}" if left.item else ""
+        out.print(f"still running in a thread that cannot be stopped: stage {left.stage!r}{item}", soft_wrap=True)
 
 
-def _failures(result: Any) -> list[tuple[str, Any]]:
-    """(title, error info) of each failed item, and of each failed stage that has no failed item."""
-    found: list[tuple[str, Any]] = []
-    items = getattr(result.failures, "items", ())
-    listed = list(items() if callable(items) else items)
-    stages = set()
-    for failure in listed:
-        info = getattr(failure, "error_info", None) or failure
-        stage = getattr(failure, "stage", "")
-        stages.add(stage)
-        found.append((_title(stage, info), info))
-    for name, output in result.outputs.items():
-        if output.status is StageStatus.FAIL and name not in stages:
-            info = output.error_info
-            found.append((_title(name, info) if info is not None else f"stage {name!r}: {output.error}", info))
-    return found
-
-
-def _title(stage: str, info: Any) -> str:
-    where = [f"stage {stage!r}"]
-    if getattr(info, "item", None) is not None:
-        where.append(f"item {'.'.join(map(str, info.item))}")
-    if getattr(info, "lane", None):
+def _title(failure: FailureRecord) -> str:
+    where = [f"stage {failure.stage!r}"]
+    if failure.item:
+        where.append(f"item {'.'.join(map(str, failure.item))}")
+    info = failure.error_info
+    if info is not None and info.lane:
         where.append(f"{info.lane} lane")
-    if (getattr(info, "attempt", None) or 1) > 1:
-        where.append(f"attempt {info.attempt}")
-    return f"{', '.join(where)}: {getattr(info, 'type', '')}: {getattr(info, 'message', info)}"
+    if failure.attempts > 1:
+        where.append(f"{failure.attempts} attempts")
+    what = f"{info.type}: {info.message}" if info is not None else failure.error
+    return f"{', '.join(where)}: {what}"
 
 
-def _explained(info: ErrorInfo, *, traceback: bool) -> list[str]:
+def _explained(info: ErrorInfo | None, *, traceback: bool) -> list[str]:
+    if info is None:
+        return []
     lines: list[str] = []
     if traceback and info.traceback:
         lines += info.traceback.rstrip().splitlines()
