@@ -413,8 +413,8 @@ class AnalyticsSink:
     """An event sink for the engine that exports in a thread of its own: `emit` returns at once and never raises.
 
     `exclude` patterns (substrings of the event type) drop an event; where `include` is given, one of it must match. The
-    queue holds `max_queue` events; when it is full the newest is dropped and counted. Counters: `event_count` exported,
-    `dropped_count`, `error_count` refused by the exporter.
+    queue holds `max_queue` events; when it is full the newest is dropped and counted. `items=False` asks the engine for
+    no event per map item. Counters: `event_count` exported, `dropped_count`, `error_count` refused by the exporter.
     """
 
     def __init__(
@@ -423,8 +423,10 @@ class AnalyticsSink:
         *,
         include: Iterable[str] = (),
         exclude: Iterable[str] = (),
+        items: bool = True,
         max_queue: int = 100_000,
     ) -> None:
+        self.wants_items = items
         self._exporter = exporter
         self._include = tuple(include)
         self._exclude = tuple(exclude)

@@ -126,9 +126,10 @@ class AudioChunk:
         """
         data = written.get("data", b"")
         try:
-            raw = base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data)
+            # Not bytes(data): of a number that would be so many zeros.
+            raw = base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(memoryview(data))
             sound = AudioFormat(written.get("format", AudioFormat.PCM16))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DefinitionError(f"no audio chunk: {error}") from error
         return cls(
             data=raw,

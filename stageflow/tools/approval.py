@@ -393,7 +393,10 @@ class InMemoryApprovals(Approvals):
         self._deadlines.pop(found.id, None)
         self._finished[found.id] = None
         while len(self._finished) > self._history:
-            forgotten = next(iter(self._finished))
+            # One that somebody still waits for in this process is kept until he has read it.
+            forgotten = next((old for old in self._finished if old not in self._waiters), None)
+            if forgotten is None:
+                break
             del self._finished[forgotten]
             key = self._requests.pop(forgotten).key
             if key is not None and self._keys.get(key) == forgotten:

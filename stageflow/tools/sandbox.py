@@ -9,29 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
 import sys
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.core.kinds import StageKind
-from stageflow.pipeline.builder import PipelineBuilder
-from stageflow.pipeline.graph import StageGraph
-from stageflow.pipeline.policies import parse_size
 from stageflow.tools.definitions import SandboxLimits, Tool, ToolInput
 from stageflow.tools.errors import ToolExecutionError
 
 if TYPE_CHECKING:
     from stageflow.context.stage_context import StageContext
+    from stageflow.pipeline.graph import StageGraph
 
 __all__ = ["ProcessSandbox"]
 
 GRAPHS_KEPT: Final = 64
 STAGE: Final = "tool"
+REASONS: Final = {"StageTimeoutError": "timeout", "MemoryError": "memory", "WorkerDiedError": "worker_died"}
+HINTS: Final = {
+    "timeout": "raise SandboxLimits(timeout=...) if the tool needs longer",
+    "memory": "raise SandboxLimits(memory_limit=...) if the tool needs more",
+    "worker_died": "the tool ended its process: run it alone to see why",
+}
 
 
 class SandboxedCall:
-    """The stage that runs in the worker: one tool under one memory limit; the call is the run's input."""
+    """The stage that runs in the worker: one tool under one memory limit; the call is the run's input.
+
+    The engine runs a stage again whose worker died. A tool acts for somebody, so it must not: the file `marker`, made
+    before the tool begins, keeps a second run from starting.
+    """
 
     kind = StageKind.WORK
 
@@ -40,9 +50,19 @@ class SandboxedCall:
         self.memory_bytes = memory_bytes
 
     def execute(self, ctx: StageContext) -> Any:
-        """Execute the call; an awaitable result is awaited on a loop of its own."""
+        """Execute the call, once; an awaitable result is awaited on a loop of its own."""
+        call, marker = ctx.snapshot.inputs["call"], ctx.snapshot.inputs["marker"]
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            raise ToolExecutionError(
+                f"tool {self.tool.name!r} took its sandbox process down; it was not run again",
+                hint=HINTS["worker_died"],
+                name=self.tool.name,
+                reason="worker_died",
+            ) from None
         with memory_limited(self.memory_bytes):
-            result = self.tool.execute(ctx.snapshot.inputs["call"])
+            result = self.tool.execute(call)
             if inspect.isawaitable(result):
                 return asyncio.run(_awaited(result))
             return result
@@ -81,7 +101,7 @@ class ProcessSandbox:
     """Runs tools in the process lane of `engine` (by default the process-wide one).
 
     The tool must be importable in a worker or shippable to it; changes it makes to itself there stay there. A call over
-    its time limit is killed with everything it started.
+    its time limit is killed with everything it started. A call runs at most once, also when its worker dies.
     """
 
     def __init__(self, engine: Any = None) -> None:
@@ -94,7 +114,9 @@ class ProcessSandbox:
         Raises:
             ToolExecutionError: `reason` is `timeout`, `memory`, `worker_died`, or what else kept it from running.
         """
-        result = await self._graph(tool, limits).execute(inputs={"call": call}, engine=self._engine)
+        with tempfile.TemporaryDirectory(prefix="stageflow-sandbox-") as folder:
+            inputs = {"call": call, "marker": os.path.join(folder, "begun")}
+            result = await self._graph(tool, limits).execute(inputs=inputs, engine=self._engine)
         output = result.outputs.get(STAGE)
         if result.success and output is not None:
             return output.data
@@ -121,6 +143,9 @@ class ProcessSandbox:
         key = (id(tool), limits)
         known = self._graphs.get(key)
         if known is None:
+            from stageflow.pipeline.builder import PipelineBuilder  # here: the worker needs none of it
+            from stageflow.pipeline.policies import parse_size
+
             memory = None if limits.memory_limit is None else parse_size(limits.memory_limit)
             builder = PipelineBuilder(f"sandbox of {tool.name}")
             builder.stage(STAGE, SandboxedCall(tool, memory), executor="process", timeout=limits.timeout)
@@ -128,14 +153,6 @@ class ProcessSandbox:
             if len(self._graphs) > GRAPHS_KEPT:
                 self._graphs.popitem(last=False)
         return known[1]
-
-
-REASONS: Final = {"StageTimeoutError": "timeout", "MemoryError": "memory", "WorkerDiedError": "worker_died"}
-HINTS: Final = {
-    "timeout": "raise SandboxLimits(timeout=...) if the tool needs longer",
-    "memory": "raise SandboxLimits(memory_limit=...) if the tool needs more",
-    "worker_died": "the tool ended its process: run it alone to see why",
-}
 
 
 def _cause_of(result: Any) -> BaseException | None:

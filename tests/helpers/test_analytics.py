@@ -266,6 +266,8 @@ def test_sink_maps_engine_events() -> None:
         )
     )  # fmt: skip
     sink.emit(Event("run.started", 0, 8))
+    assert sink.wants_items is True
+    assert AnalyticsSink(target, items=False).wants_items is False
     assert sink.flush() is True
     first, second = target.events
     assert first.timestamp == NOON

@@ -54,7 +54,9 @@ def test_audio_chunk_duration_and_json() -> None:
     )
 
 
-@pytest.mark.parametrize("bad", [{"data": "###"}, {"format": "mp3"}, {"sample_rate": 0}, {"channels": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"data": "###"}, {"data": 5}, {"data": ["x"]}, {"format": "mp3"}, {"sample_rate": 0}, {"channels": 0}]
+)
 def test_impossible_chunks_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(DefinitionError):
         AudioChunk.from_dict(bad)

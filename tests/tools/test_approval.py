@@ -211,6 +211,15 @@ def test_history_in_memory_is_bounded(manual_time: Any) -> None:
     assert service.request("x", key="0").id not in {one.id for one in asked}
 
 
+async def test_history_never_forgets_what_somebody_waits_for(manual_time: Any) -> None:
+    service = InMemoryApprovals(clock=manual_time, wall=manual_time, sleep=manual_time.sleep, history=0)
+    task, request_id = await waiting(service)
+    service.approve(request_id)
+    for n in range(3):
+        service.deny(service.request(str(n)).id)
+    assert await task is True
+
+
 def test_arguments_are_shown_as_json() -> None:
     assert arguments_as_json(None) == "{}"
     assert arguments_as_json({"b": 1, "a": {3}}) == '{"a":[3],"b":1}'

@@ -10,6 +10,7 @@ import pytest
 
 SCENE = """
 import resource
+import tempfile
 from types import SimpleNamespace
 from stageflow.tools.definitions import Tool, ToolDefinition, ToolInput
 from stageflow.tools.sandbox import SandboxedCall, memory_limited
@@ -31,8 +32,12 @@ class Eater(Tool):
     async def execute(self, input):
         return len(bytearray(input.payload))
 
+folder = tempfile.mkdtemp()
+
 def call(size, limit):
-    ctx = SimpleNamespace(snapshot=SimpleNamespace(inputs={"call": ToolInput(tool_name="eat", payload=size)}))
+    marker = tempfile.mktemp(dir=folder)
+    inputs = {"call": ToolInput(tool_name="eat", payload=size), "marker": marker}
+    ctx = SimpleNamespace(snapshot=SimpleNamespace(inputs=inputs))
     return SandboxedCall(Eater(), limit).execute(ctx)
 
 assert call(1000, 64 * 2**20) == 1000
