@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
@@ -152,9 +154,7 @@ def extract(source: str, form: str, as_json: bool, selector: str | None, **optio
         if urls.normalize(source) is not None:
             async with HttpxFetcher(config) as fetcher:
                 return await fetcher.fetch(source)
-        body = Path(source).read_bytes()
-        url = Path(source).resolve().as_uri()
-        return FetchResult(status_code=200, url=url, final_url=url, body=body, content_type="text/html")
+        return _from_file(source)
 
     class Chosen(LxmlExtractor):
         def extract(self, html: str, url: str, *, selector: str | None = selector) -> Any:
@@ -170,6 +170,11 @@ def extract(source: str, form: str, as_json: bool, selector: str | None, **optio
         click.echo(page.markdown if form == "markdown" else page.plain_text)
     if page.error is not None:
         _fail(f"{page.url}: {page.error}", 1)
+
+
+def _from_file(path: str) -> FetchResult:
+    url = Path(path).resolve().as_uri()
+    return FetchResult(status_code=200, url=url, final_url=url, body=Path(path).read_bytes(), content_type="text/html")
 
 
 @web.command("crawl")
@@ -215,18 +220,17 @@ def crawl(
         return good, bad
 
     book = CrawlJournal(journal) if journal is not None else None
-    sink = None
     try:
-        sink = Path(output).open("a", encoding="utf-8") if output is not None else None
-        good, bad = _run(work(sink, book))
-        done = book.counts()["finished"] if book is not None else 0
+        with ExitStack() as open_files:
+            sink = open_files.enter_context(Path(output).open("a", encoding="utf-8")) if output is not None else None
+            if book is not None:
+                open_files.enter_context(book)
+            good, bad = _run(work(sink, book))
+            done = book.counts()["finished"] if book is not None else 0
     except OSError as error:
         _fail(str(error), 1)
-    finally:
-        if sink is not None:
-            sink.close()
-        if book is not None:
-            book.close()
+    except sqlite3.Error as error:
+        _fail(f"{journal} is no journal of a crawl: {error}", 2)
     if not as_json:
         click.echo(f"{good} pages, {bad} failed" + (f", {done} in the journal" if book is not None else ""), err=True)
     if bad and not good:

@@ -67,8 +67,8 @@ class BadResponseError(FetchError):
     code = "SF-WEB-BAD-RESPONSE"
 
 
-def require(module: str, *, extra: str = "web") -> ModuleType:
-    """Import `module` or say which extra brings it.
+def require(module: str, *, extra: str = "web", package: str | None = None) -> ModuleType:
+    """Import `module` or say which extra, or which `package`, brings it.
 
     Raises:
         MissingExtraError: the module is not installed.
@@ -82,7 +82,7 @@ def require(module: str, *, extra: str = "web") -> ModuleType:
         missing = error.name or module
         raise MissingExtraError(
             f"stageflow.websearch needs {missing!r}, which is not installed",
-            hint=f"pip install stageflow[{extra}]",
+            hint=f"pip install {package or f'stageflow[{extra}]'}",
             module=missing,
             extra=extra,
         ) from error

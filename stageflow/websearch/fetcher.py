@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.cookiejar
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -38,6 +37,8 @@ from stageflow.websearch.politeness import ROBOTS_MAX_BYTES, HostGates, RobotsCa
 
 if TYPE_CHECKING:
     import httpx
+
+    from stageflow.websearch.network import CheckedTransport
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CREDENTIALS = frozenset({"authorization", "cookie", "proxy-authorization"})
@@ -130,7 +131,10 @@ class HttpxFetcher:
         self._observer = observer
         self._resolver = resolver
         self._sleep = sleep
-        self._client: httpx.AsyncClient | None = None
+        # The transport alone, without httpx's client on top: that one reads every Location itself and raises on hostile
+        # ones, obeys the proxies of the environment, and keeps cookies.
+        self._transport: CheckedTransport | None = None
+        self._jar: httpx.Cookies | None = None
         self._cache: DiskCache | None = None
         rate = self.config.per_host_rate
         self._gates = HostGates(
@@ -148,36 +152,29 @@ class HttpxFetcher:
     async def aclose(self) -> None:
         """Close connections and the cache. The fetcher opens again when used again."""
         await self._robots.aclose()
-        client, self._client = self._client, None
+        transport, self._transport = self._transport, None
         cache, self._cache = self._cache, None
-        if client is not None:
-            await client.aclose()
+        if transport is not None:
+            await transport.aclose()
         if cache is not None:
             cache.close()
 
-    def _open(self) -> httpx.AsyncClient:
-        if self._client is not None:
-            return self._client
+    def _open(self) -> CheckedTransport:
+        if self._transport is not None:
+            return self._transport
         require("httpx")
         if self.config.http2:
-            require("h2", extra="web,http2")
-        from httpx import AsyncClient
+            require("h2", package="httpx[http2]")
+        from httpx import Cookies
 
         from stageflow.websearch.network import CheckedTransport, resolve
 
-        nobody = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
-        jar = None if self.config.cookies else http.cookiejar.CookieJar(nobody)
-        client = AsyncClient(
-            transport=CheckedTransport(self.config, self.policy, resolver=self._resolver or resolve),
-            cookies=jar,
-            follow_redirects=False,
-            trust_env=False,  # a proxy or a netrc password from the environment would be a surprise
-            timeout=None,  # one deadline for the whole attempt instead, see _attempt
-        )
+        if self.config.cookies and self._jar is None:
+            self._jar = Cookies()
         if self.config.cache_path is not None:
             self._cache = DiskCache(self.config.cache_path, max_bytes=self.config.cache_max_bytes)
-        self._client = client
-        return client
+        self._transport = CheckedTransport(self.config, self.policy, resolver=self._resolver or resolve)
+        return self._transport
 
     def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
         if self._observer is not None:
@@ -325,7 +322,7 @@ class HttpxFetcher:
         self, url: str, limit: float, own: dict[str, str], interval: float, max_bytes: int
     ) -> FetchResult:
         """One request and its answer, within `limit` seconds from the moment the host's turn comes."""
-        client = self._open()
+        self._open()
         headers = {"user-agent": self.config.user_agent, "accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
         headers.update({name.lower(): value for name, value in self.config.headers.items()})
         headers.update(own)
@@ -340,7 +337,7 @@ class HttpxFetcher:
                 async with asyncio.timeout(limit):
                     if self.config.proxy is not None:
                         await self._check_before_proxy(url)
-                    status, got, body, cut = await self._exchange(client, wire, headers, max_bytes)
+                    status, got, body, cut = await self._exchange(wire, headers, max_bytes)
             except TimeoutError as error:
                 message = f"{url} took longer than {limit:g} s"
                 raise FetchTimeoutError(message, url=url, limit=limit, transient=True) from error
@@ -373,29 +370,27 @@ class HttpxFetcher:
             truncated=truncated,
         )
 
-    @staticmethod
     async def _exchange(
-        client: httpx.AsyncClient, url: str, headers: dict[str, str], max_bytes: int
+        self, url: str, headers: dict[str, str], max_bytes: int
     ) -> tuple[int, dict[str, str], bytes, bool]:
         """Status, headers, decoded body, whether it was cut off. Errors of httpx and httpcore become FetchErrors."""
         import httpcore
         import httpx
 
         try:
-            async with client.stream("GET", url, headers=headers) as response:
+            request = httpx.Request("GET", url, headers=headers)
+            if self._jar is not None:
+                self._jar.set_cookie_header(request)
+            response = await self._open().handle_async_request(request)
+            try:
+                response.request = request
+                if self._jar is not None:
+                    self._jar.extract_cookies(response)
                 got = {name.lower(): value for name, value in response.headers.items()}
-                decoder = BodyDecoder(got.get("content-encoding", ""), limit=max_bytes)
-                taken = 0
-                stream = cast("AsyncGenerator[bytes, None]", response.aiter_raw())
-                async with contextlib.aclosing(stream) as chunks:
-                    async for chunk in chunks:
-                        taken += len(chunk)
-                        if not decoder.feed(chunk):
-                            break
-                        if taken > 2 * max_bytes + 65_536:  # compressed bytes that decompress to nothing
-                            decoder.full = True
-                            break
-                return response.status_code, got, decoder.body(), decoder.full
+                body, cut = await self._body(response, got.get("content-encoding", ""), max_bytes)
+                return response.status_code, got, body, cut
+            finally:
+                await response.aclose()
         except BadResponseError as error:
             raise BadResponseError(f"{url}: {error.message}", url=url, transient=False) from error
         except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
@@ -408,3 +403,17 @@ class HttpxFetcher:
             raise FetchError(f"{url}: {text}", url=url, transient=True) from error
         except (httpcore.UnsupportedProtocol, httpcore.ProtocolError, httpx.InvalidURL, httpx.HTTPError) as error:
             raise FetchError(f"{url}: {error}", url=url, transient=False) from error
+
+    @staticmethod
+    async def _body(response: httpx.Response, coding: str, max_bytes: int) -> tuple[bytes, bool]:
+        decoder = BodyDecoder(coding, limit=max_bytes)
+        taken = 0
+        async with contextlib.aclosing(cast("AsyncGenerator[bytes, None]", response.aiter_raw())) as chunks:
+            async for chunk in chunks:
+                taken += len(chunk)
+                if not decoder.feed(chunk):
+                    break
+                if taken > 2 * max_bytes + 65_536:  # compressed bytes that decompress to nothing
+                    decoder.full = True
+                    break
+        return decoder.body(), decoder.full

@@ -39,7 +39,7 @@ Loop = asyncio.AbstractEventLoop
 
 
 async def _keeper(fetcher: HttpxFetcher) -> AsyncGenerator[None, None]:
-    """Closes `fetcher` when the loop that first advanced this generator shuts its generators down, as every runner does."""
+    """Closes `fetcher` when the loop that first advanced this generator shuts its generators down, as runners do."""
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ async def _keeper(fetcher: HttpxFetcher) -> AsyncGenerator[None, None]:
 
 
 class _FetcherPerLoop:
-    """One open fetcher per event loop: a stage is shared by all runs of a graph, and runs may have loops of their own."""
+    """One open fetcher per event loop: all runs of a graph share a stage, and runs may have loops of their own."""
 
     def __init__(self, config: FetchConfig) -> None:
         self.config = config
