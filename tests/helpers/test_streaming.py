@@ -274,3 +274,35 @@ def test_no_byte_is_lost_unaccounted(steps: list[tuple[bool, int]]) -> None:
         stats = buffer.stats
         assert stats.total_received == stats.total_read + stats.total_dropped + stats.bytes_buffered
         assert stats.bytes_buffered <= 20 * 32 + 3
+
+
+@given(st.integers(1, 4), st.lists(st.sampled_from(["put", "get", "cancel", "turn"]), max_size=80))
+def test_whatever_is_cancelled_no_item_is_lost_or_doubled(max_size: int, steps: list[str]) -> None:
+    async def scene() -> None:
+        queue: ChunkQueue[int] = ChunkQueue(max_size)
+        puts: list[tuple[int, asyncio.Task[bool]]] = []
+        gets: list[asyncio.Task[int | None]] = []
+        for step in steps:
+            if step == "put":
+                puts.append((len(puts) + 1, asyncio.create_task(queue.put(len(puts) + 1))))
+            elif step == "get":
+                gets.append(asyncio.create_task(queue.get()))
+            elif step == "cancel":
+                waiting = [task for task in (*gets, *(task for _, task in puts)) if not task.done()]
+                if waiting:
+                    waiting[len(waiting) // 2].cancel()
+            else:
+                await asyncio.sleep(0)
+            assert len(queue) <= max_size
+        await settle()
+        # Nobody may wait for what is there.
+        assert not (len(queue) and any(not task.done() for task in gets))
+        assert not (len(queue) < max_size and any(not task.done() for _, task in puts))
+        queue.close()
+        await settle()
+        got = [task.result() for task in gets if not task.cancelled() and task.result() is not None]
+        got += [item async for item in queue]
+        taken = [number for number, task in puts if not task.cancelled() and task.result()]
+        assert sorted(got) == taken
+
+    asyncio.run(scene())

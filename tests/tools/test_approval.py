@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,28 @@ def test_listing_and_finding(tmp_path: Path, manual_time: Any) -> None:
     assert [one.status.value for one in service.list_requests()] == ["approved", "timed_out", "pending"]
     assert [one.id for one in service.list_requests(ApprovalStatus.TIMED_OUT)] == [asked[1].id]
     assert [one.id for one in service.find(asked[2].id[:12])] == [asked[2].id]
+
+
+MANY = """
+import sys
+from stageflow.tools.approval_sqlite import SQLiteApprovals
+service = SQLiteApprovals(sys.argv[1])
+asked = {service.request("x", key=f"k{n}", timeout=None).id for n in range(20)}
+won = [one for one in sorted(asked) if service.approve(one, by=sys.argv[2])]
+print(" ".join(sorted(asked)))
+print(" ".join(won))
+"""
+
+
+def test_several_processes_ask_one_question_and_one_answer_counts(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.sqlite")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", MANY, path, str(n)], stdout=subprocess.PIPE, text=True)
+        for n in range(4)
+    ]
+    answers = [process.communicate(timeout=50)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    asked = {line[0] for line in answers}
+    assert len(asked) == 1, "every process found the same requests under the same keys"
+    won = [one for line in answers for one in line[1].split()]
+    assert sorted(won) == asked.pop().split()
