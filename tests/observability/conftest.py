@@ -96,7 +96,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
     for lo in range(0, items, block):
         hi = min(lo + block, items)
         n = hi - lo
-        t = 10.0 + lo * 5
+        t = 10.0 + lo * 20
         base = 50.0 + t / 1000
         run.add(
             "stage.items",
@@ -114,7 +114,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
         )
         run.add(
             "stage.items",
-            t + 20,
+            t + 22,
             "fetch",
             lane="async",
             lo=lo,
@@ -133,7 +133,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
         for i in failed:
             run.add(
                 "stage.failed",
-                t + 38,
+                t + 320,
                 "parse",
                 (i,),
                 1,
@@ -150,7 +150,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
         dropped_total += dropped
         run.add(
             "stage.items",
-            t + 40,
+            t + 325,
             "parse",
             lane="process",
             lo=lo,
@@ -171,7 +171,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
         left = n - dropped - len(failed)
         run.add(
             "stage.items",
-            t + 48,
+            t + 340,
             "store",
             lane="thread",
             lo=lo,
@@ -181,11 +181,11 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
             failed=0,
             seconds=0.001 * left,
             bytes_in=left * 100,
-            started=base + 0.045,
+            started=base + 0.328,
         )
         run.add(
             "engine.sample",
-            t + 49,
+            t + 341,
             rss_bytes=(200 << 20) + lo * 100_000,
             live_bytes=lo * 1000 + 10_000,
             memory_limit=512 << 20,
@@ -196,7 +196,7 @@ def make_run(run_id: str = "run-1", items: int = 100, block: int = 10) -> list[E
             waiting={"fetch": "downstream"},
             workers={101: 50 << 20, 102: 51 << 20},
         )
-    end = 10.0 + items * 5
+    end = 10.0 + items * 20 + 200
     run.add("worker.lost", 60, pid=102, reason="signal", signal=9, oom_killed=False, rss_bytes=60 << 20, stderr_tail="")
     run.add("worker.started", 61, pid=103, start_ms=30.0)
     run.add("backpressure.entered", 70, reason="bytes", level=1)
