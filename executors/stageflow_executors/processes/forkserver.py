@@ -20,6 +20,7 @@ import ctypes
 import importlib
 import marshal
 import os
+import resource  # noqa: F401  (os.wait4 imports it, and must not fail for want of a path)
 import select
 import signal
 import socket
@@ -222,7 +223,7 @@ class Server:
             worker_main.main(number, {**self.settings, **extra}, fds)
             os._exit(0)
         except BaseException:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode("utf-8", "replace"))  # sys.stderr may be a call's own
         finally:
             os._exit(1)
 

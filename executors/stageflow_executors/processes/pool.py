@@ -320,10 +320,7 @@ class ProcessExecutor:
                 try:
                     value = encode(self.supply, self._memory, value)
                 except StageflowError as error:
-                    path = getattr(error, "path", None)
-                    if path is not None:
-                        error.message = error.message.replace(path, f"argument {index}{path.removeprefix('value')}", 1)
-                        error.args = (error.message,)
+                    _name_argument(error, index, plain=type(call.shipped.function) is _Plain)
                     raise
             elif value.blocks:
                 self.supply.books.lease(value.blocks)
@@ -1035,6 +1032,21 @@ def _close(fd: int) -> None:
     import os
 
     os.close(fd)
+
+
+def _name_argument(error: StageflowError, index: int, *, plain: bool) -> None:
+    """Say which argument the path inside the value belongs to."""
+    path = getattr(error, "path", None)
+    if path is None:
+        return
+    inside = path.removeprefix("value")
+    if plain and index == 0:
+        named = f"keyword argument {inside}"
+    else:
+        named = f"argument {index - plain}{inside}"
+    error.message = error.message.replace(path, named, 1)
+    error.args = (error.message,)
+    error.__dict__["path"] = named
 
 
 class _Plain:

@@ -462,7 +462,7 @@ class WorkerSupply:
         with self.lock:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
-                self._break(reason)
+                self._break(self.broken or reason)
 
     def _break(self, reason: str) -> None:
         self.broken = reason
