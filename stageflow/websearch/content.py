@@ -63,7 +63,7 @@ def by_density(root: Element, skip: Container[Element] = frozenset()) -> Element
             text_size[parent] += size
             link_size[parent] = link_size.get(parent, 0) + links
         if node is body:
-            total = size
+            total = size - links  # menus are no text a page could consist of
     if not score:
         return None
 

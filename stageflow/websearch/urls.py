@@ -15,6 +15,8 @@ _DEFAULT_PORT = {"http": 80, "https": 443}
 # Everything a path or query may hold as it is; "%" stays because what is already encoded must not be encoded twice.
 _PATH_SAFE = "/%:@!$&'()*+,;=~-._"
 _QUERY_SAFE = _PATH_SAFE + "?[]|"
+_MAX_LENGTH = 65_536  # characters: longer ones are no links but payloads
+_CACHED_LENGTH = 1024
 _CONTROL = re.compile(r"[\t\n\r]")
 _BAD_HOST = re.compile(r"[\x00-\x20\x7f#%/<>?@\\^|`{}\[\]:]")
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -115,6 +117,14 @@ def normalize(url: str, *, keep_fragment: bool = False) -> str | None:
 
 def join(base: str, href: str, *, keep_fragment: bool = False) -> str | None:
     """`href` as seen from `base`, normalised; None for what is no page: `mailto:`, `javascript:`, `data:`, nonsense."""
+    if len(href) > _MAX_LENGTH:
+        return None
+    if len(href) > _CACHED_LENGTH or len(base) > _CACHED_LENGTH:
+        return _join(base, href, keep_fragment)
+    return _cached_join(base, href, keep_fragment)
+
+
+def _join(base: str, href: str, keep_fragment: bool) -> str | None:
     reference = parse(href)
     if reference is None:
         return None
@@ -132,6 +142,10 @@ def join(base: str, href: str, *, keep_fragment: bool = False) -> str | None:
     except ValueError:
         return None
     return normalize(joined, keep_fragment=keep_fragment)
+
+
+# Menus repeat on every page of a site; what is kept is bounded in number and in length.
+_cached_join = lru_cache(maxsize=8192)(_join)
 
 
 def host_of(url: str) -> str:
