@@ -96,13 +96,13 @@ class CallPlan:
     def __init__(
         self,
         slots: tuple[Slot, ...],
-        positional: tuple[tuple[str, int], ...],
-        keywords: tuple[tuple[str, str, int], ...],
+        positional: tuple[tuple[str, Any], ...],
+        keywords: tuple[tuple[str, str, Any], ...],
         wants_ctx: bool,
         element: str | None = None,
     ) -> None:
         self.slots = slots
-        #: ("value" | "ctx" | "element", slot) in call order
+        #: ("value" | "ctx" | "element" | "const", slot or the constant) in call order
         self.positional = positional
         #: (parameter, "value" | "ctx" | "element", slot)
         self.keywords = keywords
@@ -120,6 +120,8 @@ class CallPlan:
             if kind == "value":
                 value = values[slot]
                 args.append(None if value is ABSENT else value)
+            elif kind == "const":
+                args.append(slot)
             else:
                 args.append(ctx if kind == "ctx" else element)
         kwargs: dict[str, Any] = {}
@@ -128,6 +130,9 @@ class CallPlan:
                 value = values[slot]
                 if value is not ABSENT:
                     kwargs[name] = value
+            elif kind == "nullable":
+                value = values[slot]
+                kwargs[name] = None if value is ABSENT else value
             else:
                 kwargs[name] = ctx if kind == "ctx" else element
         return args, kwargs

@@ -221,6 +221,8 @@ class ItemProgram(Program):
                 args.append(element[slot])
             elif kind == "ctx":
                 args.append(ctx)
+            elif kind == "const":
+                args.append(slot)
             else:
                 args.append(None if commons[slot] is msgspec.UNSET else commons[slot])
         kwargs: dict[str, Any] = {}
@@ -231,6 +233,8 @@ class ItemProgram(Program):
                 kwargs[name] = ctx
             elif commons[slot] is not msgspec.UNSET:
                 kwargs[name] = commons[slot]
+            elif kind == "nullable":
+                kwargs[name] = None
         return args, kwargs
 
     def _run_batch(
@@ -536,6 +540,11 @@ async def _awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
+def pairs(level: list[Any]) -> list[tuple[Any, Any]]:
+    """Neighbours two by two; a last one without a partner is paired with UNSET, which stands for "nothing there"."""
+    return [(level[i], level[i + 1] if i + 1 < len(level) else msgspec.UNSET) for i in range(0, len(level), 2)]
+
+
 class ReduceProgram(Program):
     """A reduce stage: folds blocks of items, and merges accumulators."""
 
@@ -554,9 +563,14 @@ class ReduceProgram(Program):
         order."""
         started, cpu_started = time.perf_counter(), time.thread_time()
         if job == "merge":
-            accumulator = args[0]
-            for other in args[1:]:
-                accumulator = self._settle(self.merger()(accumulator, other), port)
+            merge = self.merger()
+            level = list(args)
+            while len(level) > 1:
+                level = [
+                    a if b is msgspec.UNSET else b if a is msgspec.UNSET else self._settle(merge(a, b), port)
+                    for a, b in pairs(level)
+                ]
+            accumulator = level[0]
         else:
             accumulator, items, extra, ctx = self._begin(port, header, snapshot, pieces, args, job)
             function = self.target()
@@ -579,11 +593,15 @@ class ReduceProgram(Program):
         """The same on the caller's loop; an async runner is awaited."""
         started = time.perf_counter()
         if job == "merge":
-            accumulator = args[0]
-            for other in args[1:]:
-                accumulator = self.merger()(accumulator, other)
-                if inspect.isawaitable(accumulator):
-                    accumulator = await accumulator
+            merge = self.merger()
+            level = list(args)
+            while len(level) > 1:
+                merged = []
+                for a, b in pairs(level):
+                    both = a if b is msgspec.UNSET else b if a is msgspec.UNSET else merge(a, b)
+                    merged.append(await both if inspect.isawaitable(both) else both)
+                level = merged
+            accumulator = level[0]
         else:
             accumulator, items, extra, ctx = self._begin(port, header, snapshot, pieces, args, job)
             function = self.target()
@@ -618,8 +636,10 @@ class ReduceProgram(Program):
         for name, kind, slot in self.plan.keywords:
             if kind == "ctx":
                 extra[name] = ctx
-            elif kind == "value" and commons[slot] is not msgspec.UNSET:
+            elif commons[slot] is not msgspec.UNSET:
                 extra[name] = commons[slot]
+            elif kind == "nullable":
+                extra[name] = None
         parsed = [piece if type(piece) is Piece else Piece(*piece) for piece in pieces]
         items = chain.from_iterable(piece.column(0, args) for piece in parsed)
         if job == "continue":

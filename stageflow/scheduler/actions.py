@@ -101,8 +101,9 @@ class Decide(Action):
 
 
 class Release(Action):
-    """Nobody needs these values any more."""
+    """Nobody needs these values of a run any more."""
 
+    run: int
     handles: tuple[int, ...]
 
 

@@ -170,7 +170,7 @@ class FlowRules:
                 run.pulling -= 1
                 stream.window = min(MOST_PULLED, stream.window * 2)
         if run.ending is not None:
-            self._out.append(act.Release((signal.handle,)))
+            self._out.append(act.Release(run.id, (signal.handle,)))
             return
         if count == 0:
             return
@@ -486,8 +486,6 @@ class FlowRules:
     def _on_block_part(self: Machine, signal: sig.BlockPart, now: float) -> None:
         task = self.tasks.get(signal.task)
         if task is None:
-            if signal.handle:
-                self._out.append(act.Release((signal.handle,)))
             return
         run, stream = task.run, task.stream
         assert stream is not None
@@ -635,7 +633,7 @@ class FlowRules:
         if chunk.nbytes >= 0:
             self._account(run, -chunk.nbytes)
             chunk.nbytes = -1  # freed
-            self._out.append(act.Release((chunk.handle,)))
+            self._out.append(act.Release(run.id, (chunk.handle,)))
 
     def _block_ended(self: Machine, run: Run, task: Task, stream: Stream, signal: sig.BlockPart, now: float) -> None:
         """The task is over: what it did not finish goes back, or fails with it."""
@@ -943,7 +941,7 @@ class FlowRules:
         stream.running -= max(1, task.items)
         if run.ending is not None:
             if signal.handle:
-                self._out.append(act.Release((signal.handle,)))
+                self._out.append(act.Release(run.id, (signal.handle,)))
             return
         status = signal.status
         if status == "ok" and task.stopping is None:
@@ -1035,7 +1033,7 @@ class FlowRules:
         if fold is not None:
             if task.job == "merge":
                 level, i, handles = task.node
-                self._out.append(act.Release(tuple(handle for handle in handles if handle)))
+                self._out.append(act.Release(run.id, tuple(handle for handle in handles if handle)))
                 fold.settle(level, i, signal.handle)
             else:
                 fold.settle(0, task.node[0], signal.handle)

@@ -44,6 +44,7 @@ class Layout:
         "gated_by",
         "gates",
         "graph",
+        "has_resources",
         "keeps",
         "key",
         "lanes",
@@ -84,6 +85,7 @@ class Layout:
         self.block = bytearray(size)
         special = bytearray(size)
         limited = bytearray(size)
+        self.has_resources = False
         for i, spec in enumerate(specs):
             if spec.role != Role.TASK:
                 self._stream(i)
@@ -93,6 +95,7 @@ class Layout:
                     special[i] = 1
                 if policies.concurrency is not None or policies.rate is not None or policies.resources is not None:
                     limited[i] = 1
+                    self.has_resources = self.has_resources or policies.resources is not None
             if spec.bindings:
                 needed = [
                     b.ref
@@ -134,7 +137,7 @@ class Layout:
 
     def _gate_guards(self) -> None:
         """Stages outside a guard's retry path that read a stage on it start only after the guard has passed."""
-        for i, barriers in self.graph.barriers.items():
+        for barriers in self.graph.barriers.values():
             for producer in barriers:
                 self.collectors[producer] = self.collectors.get(producer, 0) + 1
         for guard, path in self.graph.guard_paths.items():

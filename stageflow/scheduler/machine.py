@@ -66,6 +66,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self.admission = Admission(tokens or {})
         self.ahead = dict(ahead or {})
         self.seconds: dict[tuple[int, int], float] = {}  # (layout key, stage) -> smoothed seconds of an attempt
+        self.final_states: dict[int, bytes] = {}  # of finished runs, until the driver takes them
         self._out: list[Any] = []
         self._seq = 0
         self._next_task = 0
@@ -191,6 +192,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         for timer in list(run.timers):
             self._drop_timer(timer)
         del self.runs[run.id]
+        self.final_states[run.id] = bytes(run.state)
         for stream in run.streams.values():
             self._release_stream(run, stream)
         self.live_bytes -= run.live_bytes

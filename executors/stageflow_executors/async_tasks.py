@@ -1,0 +1,254 @@
+"""The async lane: calls run as tasks on the caller's loop. And the inline lane: one call after the other, in order,
+for debugging.
+
+May import `stageflow.core` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from stageflow.core.errors import LaneClosedError
+from stageflow.core.executor import Call, Deliver, Reply, Shipped
+from stageflow_executors.local import LocalLane, LocalPort
+
+#: a task factory breaks uvloop; constructing the task does not
+_EAGER: Final = sys.version_info >= (3, 12)
+
+
+class AsyncExecutor(LocalLane):
+    """Runs each call as a task on the loop it is opened on. A function that returns no awaitable is called inline.
+
+    Where Python allows it (3.12), a call that never waits is finished inside `start`. Context variables are copied
+    into the task.
+    `cancel` cancels the task; `force` delivers the outcome at once and leaves a task behind that swallows its
+    cancellation.
+    """
+
+    def __init__(self, max_tasks: int = 1024) -> None:
+        super().__init__("async", max_tasks)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def open(self) -> None:
+        """Bind to the running loop."""
+        self._loop = asyncio.get_running_loop()
+
+    async def __aenter__(self) -> AsyncExecutor:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose(grace=5.0)
+
+    def start(self, call: Call, deliver: Deliver) -> None:
+        """Run `call` as a task."""
+        loop = self._loop
+        if loop is None:
+            raise LaneClosedError("the async lane is not open", hint="use `async with AsyncExecutor() as lane:`")
+        port = LocalPort("async", call, deliver, self.on_note)
+        self._ports[call.id] = port
+        coroutine = self._run(port)
+        if _EAGER:
+            task = asyncio.Task(coroutine, loop=loop, eager_start=True)  # type: ignore[call-arg, unused-ignore]
+            if not task.done():
+                self._tasks[call.id] = task
+        else:
+            self._tasks[call.id] = loop.create_task(coroutine)
+
+    async def _run(self, port: LocalPort) -> None:
+        call = port.call
+        port.started = started = time.monotonic()
+        try:
+            result = call.shipped.function(port, *call.args)
+            if inspect.isawaitable(result):
+                result = await result
+            if inspect.isgenerator(result):
+                last: Reply | None = None
+                for reply in result:
+                    if last is not None and not port.done:
+                        port.deliver(port.part(last))
+                    last = reply
+                result = last
+            outcome = port.ok(result, time.monotonic() - started)
+        except asyncio.CancelledError as error:
+            outcome = port.failed(error, time.monotonic() - started)
+        except (KeyboardInterrupt, SystemExit) as error:
+            outcome = port.failed(error, time.monotonic() - started)
+        except Exception as error:
+            outcome = port.failed(error, time.monotonic() - started)
+        self._tasks.pop(call.id, None)
+        self._ports.pop(call.id, None)
+        if not port.done:
+            port.done = True
+            port.deliver(outcome)
+
+    def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
+        """Cancel the call's task."""
+        port, task = self._ports.get(call_id), self._tasks.get(call_id)
+        if port is None:
+            return
+        port.ask_to_stop(reason)
+        if task is not None:
+            task.cancel(reason)
+        if force and not port.done:
+            port.done = True
+            self._ports.pop(call_id, None)
+            port.deliver(port.cancelled_outcome({"abandoned": True}))
+
+    async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised."""
+        return await submit(self, fn, args, kwargs)
+
+    async def aclose(self, *, grace: float) -> None:
+        """Cancel what runs and wait up to `grace` seconds for it."""
+        self.closed = True
+        for call_id in list(self._ports):
+            self.cancel(call_id, reason="the lane is closing")
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=grace)
+        for call_id in list(self._ports):
+            self.cancel(call_id, reason="the lane is closing", force=True)
+        self._loop = None
+
+
+class InlineExecutor(LocalLane):
+    """Runs one call after the other in the loop's own thread, in the order of `start`: the reference for every other
+    lane."""
+
+    def __init__(self) -> None:
+        super().__init__("inline", 1)
+        self._queue: deque[LocalPort] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def open(self) -> None:
+        """Bind to the running loop."""
+        self._loop = asyncio.get_running_loop()
+
+    async def __aenter__(self) -> InlineExecutor:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose(grace=5.0)
+
+    def start(self, call: Call, deliver: Deliver) -> None:
+        """Queue `call`."""
+        if self._loop is None:
+            raise LaneClosedError("the inline lane is not open", hint="use `async with InlineExecutor() as lane:`")
+        port = LocalPort("inline", call, deliver, self.on_note)
+        self._ports[call.id] = port
+        self._queue.append(port)
+        if self._worker is None:
+            self._worker = self._loop.create_task(self._work())
+
+    async def _work(self) -> None:
+        while self._queue:
+            port = self._queue.popleft()
+            if port.done:
+                continue
+            call = port.call
+            if port.cancelled():
+                self._end(port, port.cancelled_outcome())
+                continue
+            port.started = started = time.monotonic()
+            try:
+                result = call.shipped.function(port, *call.args)
+                if inspect.isawaitable(result):
+                    inner = asyncio.ensure_future(result)
+                    port.on_cancel(lambda inner=inner: inner.cancel())  # type: ignore[misc]
+                    result = await inner
+                if inspect.isgenerator(result):
+                    last: Reply | None = None
+                    for reply in result:
+                        if last is not None:
+                            port.deliver(port.part(last))
+                            await asyncio.sleep(0)
+                        last = reply
+                    result = last
+                outcome = port.ok(result, time.monotonic() - started)
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError) and not port.cancelled():
+                    self._end(port, port.cancelled_outcome())
+                    raise
+                outcome = port.failed(error, time.monotonic() - started)
+            self._end(port, outcome)
+            await asyncio.sleep(0)
+        self._worker = None
+
+    def _end(self, port: LocalPort, outcome: Any) -> None:
+        self._ports.pop(port.call.id, None)
+        if not port.done:
+            port.done = True
+            port.deliver(outcome)
+
+    def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
+        """Set the flag of a running call; end one that is still queued."""
+        port = self._ports.get(call_id)
+        if port is None:
+            return
+        port.ask_to_stop(reason)
+        if force or not port.started:
+            self._end(port, port.cancelled_outcome({"abandoned": True} if port.started else None))
+
+    async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised."""
+        return await submit(self, fn, args, kwargs)
+
+    async def aclose(self, *, grace: float) -> None:
+        """End what is queued; wait up to `grace` seconds for what runs."""
+        self.closed = True
+        for call_id in list(self._ports):
+            self.cancel(call_id, reason="the lane is closing")
+        if self._worker is not None:
+            await asyncio.wait([self._worker], timeout=grace)
+            if self._worker is not None:
+                self._worker.cancel()
+        self._loop = None
+
+
+class _Plain:
+    """A plain function as a shipped one: without the port."""
+
+    __slots__ = ("fn", "kwargs")
+
+    def __init__(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        self.fn = fn
+        self.kwargs = kwargs
+
+    def __call__(self, port: Any, *args: Any) -> Any:
+        return self.fn(*args, **self.kwargs)
+
+
+_ids = iter(range(1 << 40, 1 << 62))
+
+
+async def submit(lane: Any, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of a lane of this process, awaited. Cancelling the awaiting task cancels the call."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+    call = Call(next(_ids), Shipped(_Plain(fn, kwargs), label=getattr(fn, "__qualname__", repr(fn))), args)
+
+    def deliver(outcome: Any) -> None:
+        if not outcome.final or future.done():
+            return
+        if outcome.exception is not None:
+            future.set_exception(outcome.exception)
+        elif outcome.kind == 0:
+            future.set_result(outcome.value)
+        else:
+            future.cancel()
+
+    lane.start(call, deliver)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        lane.cancel(call.id, reason="cancelled by the caller")
+        raise

@@ -1,0 +1,172 @@
+"""What the lanes of this process share: the port a running call sees, and how an exception becomes an outcome.
+
+May import `stageflow.core` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from stageflow.core.errors import StageCancelledError
+from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply
+from stageflow.core.failure import capture
+
+
+class LocalPort:
+    """The `WorkerPort` of one call in this process."""
+
+    __slots__ = ("_callbacks", "_reason", "call", "deliver", "done", "lane", "noted", "shown", "started", "total")
+
+    def __init__(self, lane: str, call: Call, deliver: Deliver, noted: Callable[[int, str, Any], None] | None) -> None:
+        self.lane = lane
+        self.call = call
+        self.deliver = deliver
+        self.noted = noted
+        self.started = 0.0
+        self.done = False
+        self.shown: tuple[float, float] | None = None
+        self._reason: str | None = None
+        self._callbacks: list[Callable[[], None]] | None = None
+
+    @property
+    def worker_pid(self) -> int:
+        """This process."""
+        return os.getpid()
+
+    def cancelled(self) -> bool:
+        """True once the call was asked to stop."""
+        return self._reason is not None
+
+    def cancel_reason(self) -> str | None:
+        """Why."""
+        return self._reason
+
+    def progress(self, done: float, total: float) -> None:
+        """Publish two numbers."""
+        self.shown = (done, total)
+
+    def note(self, kind: str, data: Any) -> None:
+        """Tell the engine, in order."""
+        if self.noted is not None:
+            self.noted(self.call.id, kind, data)
+
+    def buffer(self, nbytes: int) -> memoryview:
+        """Plain memory: in this process every consumer sees the same object anyway."""
+        return memoryview(bytearray(nbytes))
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call back when the call is asked to stop; at once if it was."""
+        if self._reason is not None:
+            callback()
+            return
+        if self._callbacks is None:
+            self._callbacks = []
+        self._callbacks.append(callback)
+        if self._reason is not None:  # asked between the look and the append
+            self.ask_to_stop(self._reason)
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Set the flag (the first reason stays) and run the callbacks, each once."""
+        if self._reason is None:
+            self._reason = reason
+        while self._callbacks:
+            with contextlib.suppress(Exception):
+                self._callbacks.pop()()
+
+    # ------------------------------------------------------------ outcomes
+
+    def part(self, reply: Reply, seconds: float = 0.0) -> Outcome:
+        """A part of the call's result."""
+        return Outcome(
+            self.call.id,
+            OutcomeKind.OK,
+            reply.value,
+            reply.meta,
+            final=False,
+            worker_pid=os.getpid(),
+            started=self.started,
+            seconds=seconds,
+        )
+
+    def ok(self, value: Any, seconds: float, cpu_seconds: float = 0.0) -> Outcome:
+        """The end of a call that returned."""
+        meta = None
+        if type(value) is Reply:
+            meta = value.meta
+            value = value.value
+        return Outcome(
+            self.call.id,
+            OutcomeKind.OK,
+            value,
+            meta,
+            worker_pid=os.getpid(),
+            started=self.started,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+        )
+
+    def failed(self, error: BaseException, seconds: float, cpu_seconds: float = 0.0) -> Outcome:
+        """The end of a call that raised. A cancellation that was asked for is one; any other is the call's error."""
+        asked = self._reason is not None
+        cancelled = asked and (isinstance(error, StageCancelledError) or type(error).__name__ == "CancelledError")
+        return Outcome(
+            self.call.id,
+            OutcomeKind.CANCELLED if cancelled else OutcomeKind.ERROR,
+            error=capture(error, lane=self.lane, worker_pid=os.getpid(), keep_pickle=False, skip_frames=1),
+            exception=error,
+            worker_pid=os.getpid(),
+            started=self.started,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+        )
+
+    def cancelled_outcome(self, meta: Any = None) -> Outcome:
+        """The end of a call that never ran, or that was left behind."""
+        started = self.started
+        return Outcome(
+            self.call.id,
+            OutcomeKind.CANCELLED,
+            meta=meta,
+            worker_pid=os.getpid(),
+            started=started,
+            seconds=time.monotonic() - started if started else 0.0,
+        )
+
+
+class LocalLane:
+    """Bookkeeping common to the lanes of this process."""
+
+    def __init__(self, lane: str, slots: int) -> None:
+        self._lane = lane
+        self._slots = slots
+        self._ports: dict[int, LocalPort] = {}
+        self.on_note: Noted | None = None
+        self.closed = False
+
+    @property
+    def lane(self) -> str:
+        """The lane's name."""
+        return self._lane
+
+    @property
+    def slots(self) -> int:
+        """How many calls run at once."""
+        return self._slots
+
+    def encode(self, value: Any) -> Any:
+        """The value itself: nothing crosses a process boundary here."""
+        return value
+
+    def running_since(self, call_id: int) -> float | None:
+        """Monotonic second at which the function was entered, or None."""
+        port = self._ports.get(call_id)
+        return port.started or None if port is not None else None
+
+    def progress_of(self, call_id: int) -> tuple[float, float] | None:
+        """What the call last published."""
+        port = self._ports.get(call_id)
+        return port.shown if port is not None else None

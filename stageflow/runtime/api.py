@@ -1,0 +1,106 @@
+"""What `graph.run`, `graph.execute`, `graph.stream` and `graph.run_many` do: choose the engine, split the options,
+run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any
+
+from stageflow.core.errors import DefinitionError
+from stageflow.pipeline.graph import StageGraph
+from stageflow.runtime.engine import Engine, _no_running_loop, default_engine, split_options
+from stageflow.runtime.result import RunResult
+
+
+def _private(engine: Engine | None, of_engine: Mapping[str, Any]) -> Engine | None:
+    """An engine for this call alone, where engine settings were given."""
+    if not of_engine:
+        return None
+    if engine is not None:
+        raise DefinitionError(
+            f"engine= and engine settings ({', '.join(of_engine)}) were given together",
+            hint="give the settings to Engine(...)",
+        )
+    return Engine(**of_engine)
+
+
+def run(
+    graph: StageGraph,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    snapshot: Any = None,
+    engine: Engine | None = None,
+    **config: Any,
+) -> RunResult:
+    """Run once and block."""
+    _no_running_loop("run", "result = await graph.execute(inputs=...)")
+    of_run, of_engine = split_options(config)
+    private = _private(engine, of_engine)
+    if private is not None:
+        with private:
+            return private.run(graph, inputs, snapshot=snapshot, **of_run)
+    return (engine or default_engine()).run(graph, inputs, snapshot=snapshot, **of_run)
+
+
+async def execute(
+    graph: StageGraph,
+    ctx: Any = None,
+    snapshot: Any = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    **config: Any,
+) -> RunResult:
+    """Run once on the running loop."""
+    of_run, of_engine = split_options(config)
+    private = _private(engine, of_engine)
+    if private is not None:
+        async with private:
+            return await private.execute(graph, inputs, ctx=ctx, snapshot=snapshot, **of_run)
+    return await (engine or default_engine()).execute(graph, inputs, ctx=ctx, snapshot=snapshot, **of_run)
+
+
+def stream(
+    graph: StageGraph,
+    snapshots: Iterable[Any] | AsyncIterable[Any],
+    *,
+    ordered: bool = True,
+    max_in_flight: int | None = None,
+    engine: Engine | None = None,
+    **config: Any,
+) -> AsyncIterator[RunResult]:
+    """Run once per snapshot."""
+    of_run, of_engine = split_options(config)
+    private = _private(engine, of_engine)
+    chosen = private or engine or default_engine()
+    results = chosen.stream(graph, snapshots, ordered=ordered, max_in_flight=max_in_flight, **of_run)
+    return _closing(results, private) if private is not None else results
+
+
+async def _closing(results: AsyncIterator[RunResult], private: Engine) -> AsyncIterator[RunResult]:
+    async with private:
+        try:
+            async for result in results:
+                yield result
+        finally:
+            await results.aclose()  # type: ignore[attr-defined]
+
+
+def run_many(
+    graph: StageGraph,
+    snapshots: Iterable[Any],
+    *,
+    ordered: bool = True,
+    max_in_flight: int | None = None,
+    engine: Engine | None = None,
+    **config: Any,
+) -> Iterator[RunResult]:
+    """`stream` without an event loop."""
+    of_run, of_engine = split_options(config)
+    private = _private(engine, of_engine)
+    chosen = private or engine or default_engine()
+    try:
+        yield from chosen.run_many(graph, snapshots, ordered=ordered, max_in_flight=max_in_flight, **of_run)
+    finally:
+        if private is not None:
+            private.close()

@@ -1,0 +1,211 @@
+"""How each stage of a graph is called: its program, and where the values of a call come from. Built once per stage,
+on first use."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stageflow.context.attempt import CallPlan, Program, Slot
+from stageflow.context.items import ItemProgram, ReduceProgram
+from stageflow.core.executor import Shipped
+from stageflow.core.kinds import StageKind
+from stageflow.pipeline.graph import StageGraph
+from stageflow.pipeline.placement import place
+from stageflow.pipeline.spec import Role, StageSpec
+from stageflow.scheduler.layout import Layout
+
+
+class StageCode:
+    """One stage, ready to be called.
+
+    `sources[k]` says where the value of slot k comes from: a stage's number, or the key of an input.
+    `passes_snapshot` is False where
+    nobody could read the snapshot.
+    """
+
+    __slots__ = ("passes_snapshot", "program", "shipped", "shipped_async", "sources")
+
+    def __init__(self, program: Program, sources: tuple[int | str, ...], modules: tuple[str, ...]) -> None:
+        self.program = program
+        self.sources = sources
+        self.passes_snapshot = program.plan.wants_ctx
+        self.shipped = Shipped(program, label=program.name, modules=modules)
+        self.shipped_async = Shipped(program.run_async, label=program.name)  # type: ignore[attr-defined]
+
+
+class GraphCode:
+    """A graph with its lanes decided, and its stages' code as far as it was needed."""
+
+    __slots__ = ("__weakref__", "_codes", "_resources", "_scope", "graph", "lanes", "layout", "needed")
+
+    def __init__(
+        self,
+        graph: StageGraph,
+        *,
+        placement: Mapping[str, str],
+        lane: str | None,
+        resources: Mapping[str, Callable[[], Any]],
+        scope: int,
+        nested: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.lanes: list[str] = []
+        cache: dict[Any, str] = {}
+        for spec in graph.specs:
+            key = (id(spec.runner), spec.kind, spec.policies.executor, spec.is_async, spec.form)
+            found = cache.get(key)
+            if found is None:
+                chosen = str(place(spec, overrides=placement, lane=lane).lane)
+                found = cache[key] = _able(spec, chosen, nested)
+            self.lanes.append(found)
+        self.layout = Layout(graph, self.lanes)
+        #: lanes that have to be open before a run
+        self.needed = tuple(dict.fromkeys(self.lanes))
+        self._codes: dict[int, StageCode] = {}
+        self._resources = resources
+        self._scope = scope
+
+    def stage(self, i: int) -> StageCode:
+        """The code of stage `i`."""
+        code = self._codes.get(i)
+        if code is None:
+            code = self._codes[i] = self._make(i)
+        return code
+
+    def modules(self) -> tuple[str, ...]:
+        """The modules that define the process stages, for preloading."""
+        found: dict[str, None] = {}
+        for spec, lane in zip(self.graph.specs, self.lanes, strict=True):
+            if lane == "process":
+                for name in _modules(spec):
+                    found[name] = None
+        return tuple(found)
+
+    def _make(self, i: int) -> StageCode:
+        graph = self.graph
+        spec = graph.specs[i]
+        columns = (
+            {producer: k for k, producer in enumerate(self.layout.elements[i])} if i in self.layout.elements else {}
+        )
+        slots: list[Slot] = []
+        sources: list[int | str] = []
+        positional: list[tuple[str, Any]] = []
+        keywords: list[tuple[str, str, Any]] = []
+        taken: dict[int | str, int] = {}
+
+        def slot(source: int | str, param: str | None) -> int:
+            if source in taken:
+                return taken[source]
+            is_stage = isinstance(source, int)
+            name = graph.specs[source].name if isinstance(source, int) else source
+            taken[source] = len(slots)
+            slots.append(Slot(name, param, is_stage))
+            sources.append(source)
+            return taken[source]
+
+        for binding in spec.bindings:
+            kind: str
+            where: Any
+            if binding.source == "ctx":
+                kind, where = "ctx", 0
+            elif binding.source == "element":
+                kind, where = "element", 0
+            elif binding.source == "acc":
+                continue
+            elif binding.source == "stage" and binding.ref in columns:
+                kind, where = "element", columns[binding.ref]  # type: ignore[index]
+            elif binding.source in ("stage", "input"):
+                kind = "nullable" if binding.nullable and not binding.has_default else "value"
+                where = slot(binding.ref, binding.param)  # type: ignore[arg-type]
+            elif binding.positional:
+                kind, where = "const", binding.default
+            else:
+                continue
+            if spec.role == Role.REDUCE and kind == "element":
+                continue
+            if binding.positional:
+                positional.append(("value" if kind == "nullable" else kind, where))
+            else:
+                keywords.append((binding.param, kind, where))
+        if spec.form != "function":
+            positional = [("ctx", 0)]
+            keywords = []
+        wants_ctx = spec.wants_ctx or spec.form != "function"
+        if wants_ctx:
+            for dep in graph.deps[i]:
+                if dep not in columns and dep != spec.over:
+                    slot(dep, None)
+        plan = CallPlan(tuple(slots), tuple(positional), tuple(keywords), wants_ctx)
+        common: dict[str, Any] = {
+            "name": spec.name,
+            "kind": str(spec.kind),
+            "runner": spec.runner,
+            "form": "function" if spec.form == "function" else "object",
+            "is_async": spec.is_async,
+            "plan": plan,
+            "declared": spec.declared_deps if wants_ctx else (),
+            "contract": spec.policies.contract,
+            "resources": self._resources,
+            "resource_scope": self._scope,
+        }
+        program: Program
+        if spec.role in (Role.MAP, Role.SINK):
+            program = ItemProgram(
+                batch=spec.policies.batch is not None,
+                flat=spec.is_generator,
+                keeps_values=spec.role == Role.MAP,
+                slices=spec.kind is StageKind.TRANSFORM,
+                **common,
+            )
+        elif spec.role == Role.REDUCE and spec.reduce is not None:
+            reduce = spec.reduce
+            program = ReduceProgram(
+                combine=reduce.combine, initial=reduce.initial, has_initial=reduce.has_initial, **common
+            )
+        else:
+            program = Program(**common)
+        return StageCode(program, tuple(sources), _modules(spec))
+
+
+def _able(spec: StageSpec, lane: str, nested: bool) -> str:
+    """A lane that can run the stage: subpipelines run on the loop, and an engine inside a worker has no process
+    lane."""
+    if nested and lane == "process":
+        return "inline"
+    if spec.form == "graph":
+        return "async" if lane != "inline" else "inline"
+    return lane
+
+
+def _modules(spec: StageSpec) -> tuple[str, ...]:
+    runner = spec.runner
+    if not inspect.isroutine(runner) and not isinstance(runner, type):
+        runner = type(runner)
+    name = getattr(runner, "__module__", None)
+    return (name,) if name and name not in ("builtins", "__main__") else ()
+
+
+_codes: weakref.WeakKeyDictionary[StageGraph, dict[Any, GraphCode]] = weakref.WeakKeyDictionary()
+
+
+def code_of(
+    graph: StageGraph,
+    *,
+    placement: Mapping[str, str],
+    lane: str | None,
+    resources: Mapping[str, Callable[[], Any]],
+    scope: int,
+    nested: bool = False,
+) -> GraphCode:
+    """The code of a graph under these settings, shared by all runs that have them."""
+    by_settings = _codes.setdefault(graph, {})
+    key = (tuple(sorted(placement.items())), lane, scope, nested)
+    found = by_settings.get(key)
+    if found is None:
+        found = by_settings[key] = GraphCode(
+            graph, placement=placement, lane=lane, resources=resources, scope=scope, nested=nested
+        )
+    return found

@@ -1,0 +1,1154 @@
+"""The only place where loop, clock, executors and scheduler meet: feeds signals to the machine and performs its
+actions.
+
+One driver per engine and event loop; it serves all runs of the engine on that loop. Decides nothing. Not thread-safe:
+every method is
+called on its loop's thread, except `cancel_threadsafe`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import pickle
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from stageflow.context.attempt import ABSENT, Header
+from stageflow.context.items import Done, ItemFailure, Piece
+from stageflow.core.errors import InvariantError, StageflowError
+from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind
+from stageflow.core.failure import capture
+from stageflow.core.kinds import StageKind, StageStatus
+from stageflow.core.output import ErrorInfo, StageOutput
+from stageflow.events.event import Event
+from stageflow.events.fanout import FanOut
+from stageflow.pipeline.policies import DEFAULT_POLICIES
+from stageflow.pipeline.spec import Role
+from stageflow.runtime.clock import DriverClock
+from stageflow.runtime.inputs import stage_inputs
+from stageflow.runtime.job import KEPT_FAILURES, Job
+from stageflow.runtime.result import Abandoned, FailureRecord
+from stageflow.runtime.sequence import Values
+from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource, sized
+from stageflow.runtime.strategies import Verdict, judge
+from stageflow.scheduler import actions as act
+from stageflow.scheduler import signals as sig
+from stageflow.scheduler.machine import Machine
+
+_log = logging.getLogger("stageflow")
+MOST_ROUNDS: Final = 64  # turns of signals and actions before the loop gets its own turn
+FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
+
+
+#: every driver of this process: `ctx.spawn` finds the run of an attempt by it
+live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+
+class Running:
+    """One attempt under way, as the driver knows it."""
+
+    __slots__ = ("action", "claim", "executor", "history", "job", "since")
+
+    def __init__(self, job: Job, action: Any, executor: Executor, since: float) -> None:
+        self.job = job
+        self.action = action
+        self.executor = executor
+        self.since = since
+        self.claim: Any = None  # of the idempotency store
+        self.history: Any = None
+
+
+class Driver:
+    """Performs what the machine decides."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        machine: Machine,
+        executors: Mapping[str, Executor],
+        *,
+        clock: DriverClock,
+        events: FanOut,
+        policies: Any = None,
+        engine: Any = None,
+    ) -> None:
+        self.loop = loop
+        self.machine = machine
+        self.executors = dict(executors)
+        self.clock = clock
+        self.events = events
+        self.jobs: dict[int, Job] = {}
+        self.running: dict[int, Running] = {}
+        self.first_starts: dict[tuple[int, Any], float] = {}
+        self.recorder: list[tuple[float, Any]] | None = None
+        self.policies = policies  # interceptors and idempotency: `stageflow.runtime.around`
+        self.engine = engine
+        live_drivers.add(self)
+        self._signals: list[Any] = []
+        self._scheduled = False
+        self._turning = False
+        self._timers: dict[int, tuple[Any, float, int]] = {}
+        self._next_run = 0
+        self._next_handle = 0
+        self._seq = 0
+        for executor in self.executors.values():
+            self._listen(executor)
+        self._perform: dict[type, Callable[[Any], None]] = {
+            act.StartAttempt: self._start_attempt,
+            act.StartBlock: self._start_block,
+            act.StartFold: self._start_fold,
+            act.StopAttempt: self._stop_attempt,
+            act.SetTimer: self._set_timer,
+            act.CancelTimer: self._cancel_timer,
+            act.PullSource: self._pull_source,
+            act.StopSource: self._stop_source,
+            act.Decide: self._decide,
+            act.Release: self._release,
+            act.Emit: self._emit,
+            act.KeepItems: self._keep_items,
+            act.KeepAccumulator: self._keep_accumulator,
+            act.FinishRun: self._finish_run,
+        }
+
+    def _listen(self, executor: Any) -> None:
+        executor.on_note = self._noted
+        if hasattr(executor, "on_worker_event"):
+            executor.on_worker_event = self._worker_event
+
+    def attach(self, lane: str, executor: Executor) -> None:
+        """Give the driver an open lane."""
+        self.executors[lane] = executor
+        self._listen(executor)
+
+    def executor(self, lane: str) -> Executor:
+        """The executor of a lane."""
+        found = self.executors.get(lane)
+        if found is None:
+            raise InvariantError(f"the driver has no lane {lane!r}")
+        return found
+
+    # ------------------------------------------------------------ turns
+
+    def signal(self, signal: Any) -> None:
+        """Take note of a signal; it is handled in this turn of the loop or the next."""
+        self._signals.append(signal)
+        if not self._scheduled and not self._turning:
+            self._scheduled = True
+            self.loop.call_soon(self.turn)
+
+    def turn(self) -> None:
+        """Handle the signals that came in, perform the actions, until nothing is left or the loop needs its turn."""
+        self._scheduled = False
+        if self._turning:
+            return
+        self._turning = True
+        try:
+            for _ in range(MOST_ROUNDS):
+                signals = self._signals
+                if not signals:
+                    break
+                self._signals = []
+                now = self.clock.monotonic()
+                if self.recorder is not None:
+                    self.recorder.extend((now, signal) for signal in signals)
+                actions = self.machine.handle_all(signals, now)
+                perform = self._perform
+                for action in actions:
+                    perform[type(action)](action)
+        except BaseException as error:
+            self._broken(error)
+        finally:
+            self._turning = False
+        if self._signals and not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self.turn)
+        else:
+            self.clock.settled(self.loop, len(self.running))
+
+    def _broken(self, error: BaseException) -> None:
+        """A bug of ours: end every run with it rather than hang."""
+        _log.error("the scheduler failed; every run on this loop ends", exc_info=error)
+        for job in list(self.jobs.values()):
+            if not job.finished.done():
+                failure = (
+                    error if isinstance(error, StageflowError) else InvariantError(f"{type(error).__name__}: {error}")
+                )
+                failure.__cause__ = error
+                job.finished.set_exception(failure)
+        self.jobs.clear()
+        for task in list(self.running):
+            self.running[task].executor.cancel(task, reason="the scheduler failed", force=True)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+
+    # ------------------------------------------------------------ runs
+
+    def submit(self, job_of: Callable[[int], Job], *, mode: str, deadline: float | None) -> Job:
+        """Begin a run."""
+        self._next_run += 1
+        job = job_of(self._next_run)
+        self.jobs[job.id] = job
+        job.started = self.clock.monotonic()
+        job.started_ns = self.clock.time_ns()
+        listening = self.events.listening or job.sinks is not None
+        if job.token is not None:
+            token = job.token
+            job.unlink = token.on_cancel(lambda reason: self.cancel_threadsafe(job, reason))
+        self.signal(
+            sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth)
+        )  # fmt: skip
+        return job
+
+    def cancel(self, job: Job, reason: str, *, force: bool = False) -> None:
+        """Stop a run."""
+        if job.id in self.jobs:
+            self.signal(sig.CancelRequested(job.id, reason, force))
+            for child in list(job.children):
+                found = self.jobs.get(child)
+                if found is not None:
+                    self.cancel(found, reason, force=force)
+
+    def cancel_threadsafe(self, job: Job, reason: str) -> None:
+        """`cancel` from any thread."""
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None  # type: ignore[assignment]
+        if running is self.loop:
+            self.cancel(job, reason)
+            return
+        try:
+            self.loop.call_soon_threadsafe(self.cancel, job, reason)
+        except RuntimeError:
+            pass  # the loop is closed: the run is over
+
+    def _finish_run(self, action: act.FinishRun) -> None:
+        job = self.jobs.pop(action.run)
+        now = self.clock.monotonic()
+        for pump in job.pumps.values():
+            pump.stop("the run is over")
+        job.pumps.clear()
+        states = self.final_states.pop(action.run, b"")
+        kind = {"completed": "run.completed", "failed": "run.failed", "cancelled": "run.cancelled"}[action.status]
+        result = job.finish(action.status, action.reason, action.error, now, states)
+        data: dict[str, Any] = {"status": action.status, "duration_ms": result.duration_ms}
+        if action.status == "failed":
+            data["error"] = result.error
+        elif action.status == "cancelled":
+            data["reason"] = action.reason
+        self._event(kind, job, None, None, None, None, data)
+        if job.unlink is not None:
+            job.unlink()
+        if job.parent is not None:
+            job.parent.children.discard(job.id)
+        job.book.handles.clear()
+        if job.cleanups:
+            self.loop.create_task(self._after_cleanups(job, result))
+        elif not job.finished.done():
+            job.finished.set_result(result)
+
+    async def _after_cleanups(self, job: Job, result: Any) -> None:
+        """Every cleanup has run before the caller gets the result."""
+        await asyncio.wait(job.cleanups, timeout=self.machine.grace)
+        if not job.finished.done():
+            job.finished.set_result(result)
+
+    @property
+    def final_states(self) -> dict[int, bytes]:
+        """States of the runs that the machine has just finished."""
+        return self.machine.final_states
+
+    # ------------------------------------------------------------ starting attempts
+
+    def _header(self, job: Job, action: Any, spec: Any, item: tuple[int, ...] | None = None) -> Header:
+        failed: tuple[str, ...] = ()
+        skipped: tuple[str, ...] = ()
+        if job.book.ends:
+            failed, skipped = self._missing(job, action.stage)
+        extras: dict[str, Any] | None = None
+        if action.tokens:
+            extras = {"tokens": action.tokens}
+        feedback = getattr(action, "feedback", None)
+        if feedback is not None:
+            extras = {**(extras or {}), "feedback": feedback}
+        if job.depth:
+            extras = {**(extras or {}), "depth": job.depth}
+        deadline = None
+        policies = spec.policies
+        if policies is not DEFAULT_POLICIES and policies.timeout is not None:
+            deadline = self.clock.monotonic() + policies.timeout
+        return Header(job.run_id, action.attempt, item, deadline, failed, skipped, extras)
+
+    def _missing(self, job: Job, stage: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        failed: list[str] = []
+        skipped: list[str] = []
+        for dep in job.graph.deps[stage]:
+            end = job.book.ends.get(dep)
+            if end is None:
+                continue
+            if end.status is StageStatus.FAIL:
+                failed.append(job.graph.specs[dep].name)
+            elif end.status is StageStatus.SKIP:
+                skipped.append(job.graph.specs[dep].name)
+        return tuple(failed), tuple(skipped)
+
+    def _values(self, job: Job, sources: tuple[int | str, ...], lane: str, executor: Executor | None) -> list[Any]:
+        """The values of a call's slots, in the form the lane takes them."""
+        found: list[Any] = []
+        book = job.book
+        inputs = job.snapshot.inputs
+        crosses = lane == "process"
+        for source in sources:
+            if isinstance(source, str):
+                found.append(inputs[source] if source in inputs else ABSENT)
+                continue
+            if book.graph.streams[source]:
+                found.append(book.sequence(source) if source not in book.ends or source in book.kept else ABSENT)
+                continue
+            value = book.values[source]
+            if value is ABSENT:
+                found.append(ABSENT)
+            elif not crosses:
+                found.append(book.value(source))
+            elif book.encoded[source]:
+                found.append(value)
+            else:
+                shared = book.shared.get(source)
+                if shared is None and executor is not None and len(book.graph.dependents[source]) > 1:
+                    shared = book.shared[source] = executor.encode(value)
+                found.append(shared if shared is not None else value)
+        return found
+
+    def _snapshot(self, job: Job, lane: str, executor: Executor) -> Any:
+        if lane != "process":
+            return job.snapshot
+        wire = job.snapshot_wire
+        if wire is None:
+            wire = job.snapshot_wire = executor.encode(job.snapshot)
+        return wire
+
+    def _start_attempt(self, action: act.StartAttempt) -> None:
+        job = self.jobs[action.run]
+        lane = action.lane
+        spec = job.graph.specs[action.stage]
+        executor = self.executors.get(lane) or self.executor(lane)
+        running = Running(job, action, executor, self.clock.monotonic())
+        self.running[action.task] = running
+        try:
+            if spec.form == "graph":
+                self.loop.create_task(self._subpipeline(running, spec))
+                return
+            code = job.code.stage(action.stage)
+            values = self._values(job, code.sources, lane, executor)
+            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+            header = self._header(job, action, spec)
+            shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
+            policies = spec.policies
+            call = Call(
+                action.task,
+                shipped,
+                (header, snapshot, *values),
+                action.short,
+                action.alone,
+                bool(policies.writable),
+            )
+        except Exception as error:
+            self._refuse(running, error)
+            return
+        if policies is not DEFAULT_POLICIES and self.policies is not None and self.policies.wanted(policies):
+            self.policies.around(self, running, call, spec)
+        else:
+            executor.start(call, self._attempt_outcome)
+
+    def _refuse(self, running: Running, error: BaseException) -> None:
+        """A call could not even be made: that is its outcome."""
+        outcome = Outcome(running.action.task, OutcomeKind.ERROR, error=capture(error), exception=error)
+        self.loop.call_soon(self._any_outcome, outcome)
+
+    def _any_outcome(self, outcome: Outcome) -> None:
+        running = self.running.get(outcome.call_id)
+        if running is None:
+            return
+        if type(running.action) is act.StartBlock:
+            self._block_outcome(outcome)
+        elif type(running.action) is act.StartFold:
+            self._fold_outcome(outcome)
+        else:
+            self._attempt_outcome(outcome)
+
+    def _start_block(self, action: act.StartBlock) -> None:
+        job = self.jobs[action.run]
+        spec = job.graph.specs[action.stage]
+        lane = action.lane
+        executor = self.executors.get(lane) or self.executor(lane)
+        running = Running(job, action, executor, self.clock.monotonic())
+        self.running[action.task] = running
+        try:
+            code = job.code.stage(action.stage)
+            commons = self._values(job, code.sources, lane, executor)
+            pieces, lists = self._pieces(job, action.segments, len(commons))
+            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+            header = self._header(job, action, spec)
+            shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
+            call = Call(
+                action.task,
+                shipped,
+                (header, snapshot, pieces, *commons, *lists),
+                action.short,
+                action.alone,
+                bool(spec.policies.writable),
+            )
+        except Exception as error:
+            self._refuse(running, error)
+            return
+        executor.start(call, self._block_outcome)
+
+    def _pieces(self, job: Job, segments: Any, first: int) -> tuple[tuple[Piece, ...], list[Any]]:
+        """Segments as a call carries them: each list of values once, addressed by its place among the arguments."""
+        handles = job.book.handles
+        if len(segments) == 1 and len(segments[0][3]) == 1:
+            lo, hi, mask, ((handle, at),) = segments[0]
+            return (Piece(lo, hi, mask, ((first, at),)),), [handles[handle].wire()]
+        places: dict[int, int] = {}
+        lists: list[Any] = []
+        pieces: list[Piece] = []
+        for lo, hi, mask, columns in segments:
+            wired = []
+            for handle, at in columns:
+                place = places.get(handle)
+                if place is None:
+                    place = places[handle] = first + len(lists)
+                    lists.append(handles[handle].wire())
+                wired.append((place, at))
+            pieces.append(Piece(lo, hi, mask, tuple(wired)))
+        return tuple(pieces), lists
+
+    def _start_fold(self, action: act.StartFold) -> None:
+        job = self.jobs[action.run]
+        spec = job.graph.specs[action.stage]
+        lane = action.lane
+        executor = self.executors.get(lane) or self.executor(lane)
+        running = Running(job, action, executor, self.clock.monotonic())
+        self.running[action.task] = running
+        try:
+            code = job.code.stage(action.stage)
+            handles = job.book.handles
+            shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
+            header = self._header(job, action, spec)
+            args: tuple[Any, ...]
+            if action.job == "merge":
+                args = (None, *(handles[handle].wire() if handle else ABSENT for handle in action.accumulators))
+            else:
+                commons = self._values(job, code.sources, lane, executor)
+                if action.accumulators:
+                    commons.append(handles[action.accumulators[0]].wire())
+                pieces, lists = self._pieces(job, action.segments, len(commons))
+                args = (pieces, *commons, *lists)
+            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+            call = Call(action.task, shipped, (header, snapshot, action.job, *args), False, action.alone)
+        except Exception as error:
+            self._refuse(running, error)
+            return
+        executor.start(call, self._fold_outcome)
+
+    # ------------------------------------------------------------ outcomes
+
+    def _attempt_outcome(self, outcome: Outcome) -> None:
+        """An attempt of a plain stage has ended."""
+        if not outcome.final:
+            return
+        running = self.running.pop(outcome.call_id, None)
+        if running is None:
+            return
+        self.signal(self._ended(running, outcome))
+
+    def _ended(self, running: Running, outcome: Outcome) -> sig.AttemptEnded:
+        job, action = running.job, running.action
+        stage = action.stage
+        ended = sig.AttemptEnded(
+            action.task,
+            seconds=outcome.seconds,
+            cpu_seconds=outcome.cpu_seconds,
+            bytes_in=outcome.bytes_in,
+            worker_pid=outcome.worker_pid,
+            started=outcome.started,
+        )
+        kind = outcome.kind
+        if kind == OutcomeKind.OK:
+            meta: StageOutput | None = outcome.meta
+            if meta is None or meta.status is StageStatus.OK:
+                self._succeeded(job, action, ended, outcome, meta)
+            else:
+                self._declined(job, running, ended, meta, outcome)
+            if job.survivors:
+                job.survivors.pop(action.task, None)
+            return ended
+        self._unsuccessful(running, ended, outcome)
+        return ended
+
+    def _succeeded(
+        self, job: Job, action: Any, ended: sig.AttemptEnded, outcome: Outcome, meta: StageOutput | None
+    ) -> None:
+        stage = action.stage
+        encoded = action.lane == "process" and outcome.value is not None
+        value = outcome.value
+        ended.nbytes = outcome.bytes_out
+        spec = job.graph.specs[stage]
+        if spec.kind is StageKind.ROUTE:
+            route = self._route(job, stage, value.load() if encoded else value)
+            if isinstance(route, ErrorInfo):
+                ended.status, ended.error = "fail", route
+                return
+            ended.route = route
+        job.book.put(stage, value, encoded=encoded, meta=meta)
+        if not encoded and type(value) is dict:
+            hint = value.get("skip_reason")
+            if isinstance(hint, str) and hint:
+                ended.skip_hint = hint
+        if meta is not None and (meta.events or meta.artifacts):
+            self._forward(job, action, meta)
+
+    def _declined(
+        self, job: Job, running: Running, ended: sig.AttemptEnded, meta: StageOutput, outcome: Outcome
+    ) -> None:
+        """The stage answered SKIP, CANCEL, FAIL or RETRY."""
+        action = running.action
+        ended.status = str(meta.status)
+        ended.reason = meta.skip_reason or meta.cancel_reason or meta.error
+        ended.retryable = meta.retryable
+        data = outcome.value
+        if action.lane == "process" and data is not None:
+            data = data.load()
+        if meta.status in (StageStatus.FAIL, StageStatus.RETRY):
+            info = meta.error_info or ErrorInfo(
+                type="stageflow.StageOutput",
+                message=meta.error or "failed without a reason",
+                retryable=meta.retryable,
+                lane=action.lane,
+                worker_pid=outcome.worker_pid,
+                attempt=action.attempt,
+            )
+            ended.error = info
+            self._judge(running, ended, info, None)
+            ended.digest = _digest(info.message, data)
+            job.book.failure(action.stage, info, data)
+        elif meta.status is StageStatus.SKIP or meta.status is StageStatus.CANCEL:
+            job.book.end(action.stage, meta)
+        if meta.events or meta.artifacts:
+            self._forward(job, action, meta)
+
+    def _unsuccessful(self, running: Running, ended: sig.AttemptEnded, outcome: Outcome) -> None:
+        job, action = running.job, running.action
+        kind = outcome.kind
+        info = outcome.error
+        if info is not None:
+            info = _located(info, action.lane, outcome.worker_pid, action.attempt)
+        if kind == OutcomeKind.LOST:
+            ended.status, ended.error, ended.suspect = "lost", info, outcome.suspect
+            self._run_survivors(job, action.task)
+            return
+        if kind == OutcomeKind.CANCELLED:
+            ended.status = "cancelled"
+            ended.error = info or ErrorInfo(
+                type="asyncio.CancelledError", message="the attempt was cancelled", lane=action.lane
+            )
+            if isinstance(outcome.meta, dict) and outcome.meta.get("abandoned"):
+                ended.abandoned = True
+                name = job.graph.specs[action.stage].name
+                job.abandoned.append(Abandoned(name, None, action.attempt, outcome.meta.get("stack", "")))
+            self._run_survivors(job, action.task)
+            return
+        if info is None:
+            info = ErrorInfo(type="Exception", message="the attempt failed without a reason", lane=action.lane)
+        ended.error = info
+        if info.code == "SF-CANCELLED":
+            ended.status, ended.reason = "cancel", info.message
+            return
+        ended.status = "refused" if kind == OutcomeKind.REFUSED else "error"
+        ended.retryable = info.retryable
+        ended.retry_after = info.retry_after
+        self._judge(running, ended, info, outcome.exception)
+        ended.digest = _digest(info.message, None)
+        job.book.failure(action.stage, info)
+
+    def _judge(
+        self, running: Running, ended: sig.AttemptEnded, info: ErrorInfo, exception: BaseException | None
+    ) -> None:
+        verdict = self.judge(running, running.action.stage, info, exception)
+        if verdict is None:
+            return
+        ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
+        if verdict.broken is not None:
+            ended.error = capture(verdict.broken, lane=running.action.lane, attempt=running.action.attempt)
+
+    def judge(self, running: Running, key: Any, info: ErrorInfo, exception: BaseException | None) -> Verdict | None:
+        """The user's strategies and the dice, on one failure; None where there is no retry policy."""
+        job = running.job
+        retry = job.graph.specs[running.action.stage].policies.retry
+        if retry is None:
+            return None
+        now = self.clock.monotonic()
+        first = self.first_starts.setdefault((job.id, key), running.since)
+        return judge(retry, info, exception, running.action.attempt, now - first, 0.0, job.dice_for(retry.seed, key))
+
+    def _route(self, job: Job, stage: int, value: Any) -> tuple[str, ...] | ErrorInfo:
+        """The branches a router chose."""
+        if isinstance(value, Mapping) and "route" in value:
+            value = value["route"]
+        known = job.code.layout.branches.get(stage, set())
+        chosen = (
+            (value,)
+            if isinstance(value, str)
+            else tuple(value or ())
+            if isinstance(value, list | tuple | set)
+            else None
+        )
+        name = job.graph.specs[stage].name
+        if chosen is None or not all(isinstance(one, str) for one in chosen):
+            if not known:
+                return ()  # nobody routes by it
+            text = f"route stage {name!r} returned {type(value).__name__}, not the name of a branch (or several)"
+            return ErrorInfo(type="stageflow.core.errors.DefinitionError", message=text)
+        unknown = [one for one in chosen if one not in known]
+        if unknown and known:
+            listed = ", ".join(sorted(known))
+            text = (
+                f"route stage {name!r} chose {unknown[0]!r}, which no stage is declared for (`when=`); known: {listed}"
+            )
+            return ErrorInfo(type="stageflow.core.errors.DefinitionError", message=text)
+        return chosen
+
+    def _forward(self, job: Job, action: Any, meta: StageOutput) -> None:
+        """Events and artifacts attached to an output go to the sinks."""
+        name = job.graph.specs[action.stage].name
+        for event in meta.events:
+            self._event(event.type, job, name, None, action.attempt, action.lane, dict(event.data))
+        for artifact in meta.artifacts:
+            data = {"type": artifact.artifact_type, "id": artifact.id, "name": artifact.name}
+            self._event("stage.artifact", job, name, None, action.attempt, action.lane, data)
+
+    def _block_outcome(self, outcome: Outcome) -> None:
+        """A part, or the end, of a block of items."""
+        running = self.running.get(outcome.call_id)
+        if running is None:
+            return
+        job, action = running.job, running.action
+        part = sig.BlockPart(
+            action.task,
+            Done(()),
+            final=outcome.final,
+            bytes_in=outcome.bytes_in,
+            worker_pid=outcome.worker_pid,
+            started=outcome.started,
+        )
+        if outcome.final:
+            del self.running[outcome.call_id]
+        meta = outcome.meta
+        if isinstance(meta, list | tuple):
+            meta = Done(*meta)
+        if outcome.kind == OutcomeKind.OK and isinstance(meta, Done):
+            part.done = meta
+            if outcome.value is not None and _survivors(meta):
+                part.handle, part.nbytes = self._hold(job, action.lane, outcome)
+            if meta.failures:
+                part.retries = tuple(self._item_verdict(running, failure) for failure in meta.failures)
+        elif outcome.kind != OutcomeKind.OK:
+            self._block_failed(running, part, outcome)
+        self.signal(part)
+
+    def _hold(self, job: Job, lane: str, outcome: Outcome) -> tuple[int, int]:
+        self._next_handle = handle = self._next_handle + 1
+        if lane == "process":
+            nbytes = outcome.bytes_out
+            job.book.hold(handle, Values(None, outcome.value, nbytes))
+        else:
+            nbytes = sized(outcome.value)
+            job.book.hold(handle, Values(outcome.value, None, nbytes))
+        return handle, nbytes
+
+    def _item_verdict(self, running: Running, failure: Any) -> tuple[bool | None, float | None, float]:
+        if isinstance(failure, list | tuple):
+            failure = ItemFailure(*failure)
+        verdict = self.judge(running, (running.action.stage, failure.index), failure.info, None)
+        return (None, None, 1.0) if verdict is None else (verdict.retry, verdict.wait, verdict.roll)
+
+    def _block_failed(self, running: Running, part: sig.BlockPart, outcome: Outcome) -> None:
+        action = running.action
+        info = outcome.error
+        if info is not None:
+            info = _located(info, action.lane, outcome.worker_pid, action.attempt)
+        part.error = info
+        if outcome.kind == OutcomeKind.LOST:
+            part.status, part.suspect = "lost", outcome.suspect
+            self._run_survivors(running.job, action.task)
+            return
+        if outcome.kind == OutcomeKind.CANCELLED:
+            part.status = "cancelled"
+            if isinstance(outcome.meta, dict) and outcome.meta.get("abandoned"):
+                name = running.job.graph.specs[action.stage].name
+                item = (action.segments[0][0],)
+                running.job.abandoned.append(Abandoned(name, item, action.attempt, outcome.meta.get("stack", "")))
+            return
+        part.status = "refused" if outcome.kind == OutcomeKind.REFUSED else "error"
+        verdict = self.judge(running, (action.stage, action.segments[0][0]), info, outcome.exception) if info else None
+        if verdict is not None:
+            part.retries = ((verdict.retry, verdict.wait, verdict.roll),)
+
+    def _fold_outcome(self, outcome: Outcome) -> None:
+        """A step of a reduce has ended."""
+        if not outcome.final:
+            return
+        running = self.running.pop(outcome.call_id, None)
+        if running is None:
+            return
+        job, action = running.job, running.action
+        ended = sig.AttemptEnded(
+            action.task,
+            seconds=outcome.seconds,
+            cpu_seconds=outcome.cpu_seconds,
+            bytes_in=outcome.bytes_in,
+            worker_pid=outcome.worker_pid,
+            started=outcome.started,
+        )
+        if outcome.kind == OutcomeKind.OK:
+            self._next_handle = ended.handle = self._next_handle + 1
+            if action.lane == "process" and outcome.value is not None:
+                ended.nbytes = outcome.bytes_out
+                job.book.hold(ended.handle, Values(None, outcome.value, outcome.bytes_out))
+            else:
+                ended.nbytes = sized(outcome.value)
+                job.book.hold(ended.handle, Values(outcome.value, None, ended.nbytes))
+        else:
+            self._unsuccessful(running, ended, outcome)
+        self.signal(ended)
+
+    # ------------------------------------------------------------ subpipelines
+
+    async def _subpipeline(self, running: Running, spec: Any) -> None:
+        from stageflow.runtime.spawn import run_child
+
+        job, action = running.job, running.action
+        started = self.clock.monotonic()
+        outcome = Outcome(action.task)
+        try:
+            code = job.code.stage(action.stage)
+            values = self._values(job, code.sources, "async", running.executor)
+            inputs = {
+                slot.param or slot.name: value
+                for slot, value in zip(code.program.plan.slots, values, strict=True)
+                if value is not ABSENT
+            }
+            self.signal(sig.ChildrenWait(action.task, True))
+            result = await run_child(self, job, spec.runner, inputs, {}, stage=spec.name)
+            if result.success:
+                outcome.value = {name: output.data for name, output in result.outputs.items()}
+            elif result.cancelled:
+                outcome.meta = StageOutput.cancel(result.cancel_reason or "the subpipeline was cancelled")
+            else:
+                failed = StageOutput.fail(f"subpipeline {spec.runner.name!r} failed: {result.error}")
+                outcome.meta = failed
+        except Exception as error:
+            outcome.kind = OutcomeKind.ERROR
+            outcome.error = capture(error, lane="async", attempt=action.attempt)
+            outcome.exception = error
+        outcome.started = started
+        outcome.seconds = self.clock.monotonic() - started
+        self._attempt_outcome(outcome)
+
+    # ------------------------------------------------------------ the other actions
+
+    def _stop_attempt(self, action: act.StopAttempt) -> None:
+        running = self.running.get(action.task)
+        if running is None:
+            return
+        running.executor.cancel(action.task, reason=action.reason, force=action.force)
+        if running.claim is not None and hasattr(running.claim, "cancel"):
+            running.claim.cancel()
+        for child in list(running.job.children):
+            found = self.jobs.get(child)
+            if found is not None:
+                self.cancel(found, action.reason, force=action.force)
+
+    def _set_timer(self, action: act.SetTimer) -> None:
+        timer, at, task = action.timer, action.at, action.task
+        handle = self.clock.call_at(self.loop, at, lambda: self._timer_due(timer))
+        self._timers[timer] = (handle, at, task)
+
+    def _cancel_timer(self, action: act.CancelTimer) -> None:
+        found = self._timers.pop(action.timer, None)
+        if found is not None:
+            found[0].cancel()
+
+    def _timer_due(self, timer: int) -> None:
+        found = self._timers.pop(timer, None)
+        if found is None:
+            return
+        _, at, task = found
+        late = self.clock.monotonic() - at
+        if late > FROZEN:
+            self._thaw(late)
+            return
+        elapsed = None
+        if task:
+            running = self.running.get(task)
+            if running is not None:
+                since = running.executor.running_since(task)
+                if since is None and running.action.lane in ("async", "inline"):
+                    since = running.since
+                elapsed = self.clock.monotonic() - since if since is not None else None
+        self.signal(sig.TimerDue(timer, elapsed))
+        if not self._turning:
+            self.turn()
+
+    def _thaw(self, gap: float) -> None:
+        """The process was stopped, or its loop blocked: every deadline moves by the gap."""
+        for timer, (handle, at, task) in list(self._timers.items()):
+            handle.cancel()
+            self._set_timer(act.SetTimer(timer, at + gap, task))
+
+    def _release(self, action: act.Release) -> None:
+        job = self.jobs.get(action.run)
+        if job is not None:
+            for handle in action.handles:
+                job.book.release(handle)
+
+    def _keep_items(self, action: act.KeepItems) -> None:
+        count = action.hi - action.lo if action.mask < 0 else action.mask.bit_count()
+        self.jobs[action.run].book.keep(action.stage, action.lo, count, action.at, action.handle)
+
+    def _keep_accumulator(self, action: act.KeepAccumulator) -> None:
+        import copy
+
+        job = self.jobs[action.run]
+        if action.handle == 0:
+            reduce = job.graph.specs[action.stage].reduce
+            assert reduce is not None
+            job.book.put(action.stage, copy.deepcopy(reduce.initial), encoded=False, meta=None)
+            return
+        values = job.book.handles.pop(action.handle)
+        payload = values.payload
+        job.book.put(
+            action.stage, payload if payload is not None else values.load(), encoded=payload is not None, meta=None
+        )
+
+    # ------------------------------------------------------------ sources
+
+    def _pull_source(self, action: act.PullSource) -> None:
+        job = self.jobs[action.run]
+        pump = job.pumps.get(action.stage)
+        if pump is None:
+            try:
+                pump = job.pumps[action.stage] = self._open_source(job, action.stage)
+            except Exception as error:
+                self._source_ended(job, action.stage, error)
+                return
+        pump.pull(action.count)
+
+    def _open_source(self, job: Job, stage: int) -> Any:
+        spec = job.graph.specs[stage]
+        run = job.id
+
+        def arrived(items: list[Any], seconds: float) -> None:
+            if run not in self.jobs:
+                return
+            self._next_handle = handle = self._next_handle + 1
+            nbytes = sized(items)
+            job.book.hold(handle, Values(items, None, nbytes))
+            self.signal(sig.ItemsArrived(run, stage, len(items), handle, nbytes, seconds))
+
+        def ended(error: BaseException | None) -> None:
+            job.pumps.pop(stage, None)
+            self._source_ended(job, stage, error)
+
+        if spec.role != Role.SOURCE:
+            return self._open_expander(job, stage, arrived, ended)
+        code = job.code.stage(stage)
+        lane = job.code.lanes[stage]
+        values = self._values(job, code.sources, "async", None)
+        header = Header(job.run_id)
+        port = SourcePort(self, job, stage, lane)
+
+        def begin() -> Any:
+            return code.program.iterate(port, header, job.snapshot, *values)
+
+        if spec.is_async:
+            return TaskSource(begin, arrived, ended, self.loop)
+        if lane == "inline":
+            return InlineSource(begin, arrived, ended, self.loop)
+        return ThreadSource(begin, arrived, ended, self.loop, spec.name)
+
+    def _open_expander(self, job: Job, stage: int, arrived: Any, ended: Any) -> Any:
+        """Lay out the elements of a value that a map goes over."""
+        spec = job.graph.specs[stage]
+        if spec.over >= 0:
+            value = job.book.value(spec.over)
+            origin = f"stage {job.graph.specs[spec.over].name!r}"
+        else:
+            value = job.snapshot.inputs[str(spec.over_input)]
+            origin = f"input {spec.over_input!r}"
+        if hasattr(value, "__aiter__"):
+            return TaskSource(lambda: (value, None), arrived, ended, self.loop)
+        if isinstance(value, Mapping) or isinstance(value, set | frozenset):
+            value = list(value)
+        if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | bytes):
+            return SequenceSource(value, arrived, ended, self.loop)
+        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+            from stageflow.core.errors import DefinitionError
+
+            raise DefinitionError(
+                f"stage {spec.name!r} goes over {origin}, which is {type(value).__name__} and not a sequence of elements",
+                hint="return a list (or a generator), or use `.stage` instead of `.map`",
+            )
+        if job.code.lanes[stage] == "inline":
+            return InlineSource(lambda: (value, None), arrived, ended, self.loop)
+        return ThreadSource(lambda: (value, None), arrived, ended, self.loop, spec.name)
+
+    def _source_ended(self, job: Job, stage: int, error: BaseException | None) -> None:
+        if job.id not in self.jobs:
+            return
+        if error is None:
+            self.signal(sig.SourceEnded(job.id, stage))
+            return
+        info = capture(error, lane=job.code.lanes[stage], attempt=1)
+        job.book.failure(stage, info)
+        self.signal(sig.SourceEnded(job.id, stage, "error", info))
+
+    def _stop_source(self, action: act.StopSource) -> None:
+        pump = self.jobs[action.run].pumps.get(action.stage)
+        if pump is not None:
+            pump.stop(action.reason)
+        else:
+            self.signal(sig.SourceEnded(action.run, action.stage, "cancelled"))
+
+    # ------------------------------------------------------------ predicates
+
+    def _decide(self, action: act.Decide) -> None:
+        job = self.jobs[action.run]
+        decided = sig.Decided(action.run, action.stage)
+        try:
+            when = job.graph.specs[action.stage].policies.when
+            decided.go = bool(when(stage_inputs(job, action.stage)))
+        except Exception as error:
+            decided.error = capture(error, lane="async", attempt=1)
+            job.book.failure(action.stage, decided.error)
+        self.signal(decided)
+
+    # ------------------------------------------------------------ events
+
+    def _emit(self, action: act.Emit) -> None:
+        job = self.jobs[action.run]
+        stage = action.stage
+        type_, data = action.type, action.data
+        name = job.graph.specs[stage].name if stage >= 0 else None
+        lane = job.code.lanes[stage] if stage >= 0 else None
+        if type_ == "run.started":
+            data = self._run_data(job)
+        elif type_ == "stage.failed":
+            data = self._book_failure(job, name or "", action)
+        elif type_ == "stage.skipped":
+            if stage not in job.book.ends:
+                job.book.end(stage, StageOutput.skip(data["reason"]))
+        elif type_ == "stage.cancelled":
+            if stage not in job.book.ends:
+                job.book.end(stage, StageOutput.cancel(data.get("reason") or "cancelled"))
+        elif type_ == "stage.completed" and "items_in" in data:
+            if job.graph.specs[stage].role != Role.REDUCE:
+                job.book.end(
+                    stage,
+                    StageOutput(
+                        metadata={"items": data["emitted"], "dropped": data["dropped"], "failed": data["failed"]}
+                    ),
+                )
+        elif type_ in ("stage.retrying",) and action.item is None:
+            job.book.ends.pop(stage, None)
+        self._event(type_, job, name, action.item, action.attempt, lane, data)
+
+    def _book_failure(self, job: Job, name: str, action: act.Emit) -> dict[str, Any]:
+        info: ErrorInfo = action.data["error_info"]
+        if action.item is None:
+            known = job.book.ends.get(action.stage)
+            if known is None or known.error_info is None or known.error_info.message != info.message:
+                job.book.failure(action.stage, info)
+        else:
+            job.failed_items += 1
+        if len(job.failures) < KEPT_FAILURES:
+            job.failures.append(
+                FailureRecord(
+                    stage=name,
+                    error=info.message,
+                    error_type=info.type,
+                    recoverable=info.retryable,
+                    timestamp=self.clock.time_ns() / 1e9,
+                    item=action.item,
+                    attempts=action.attempt or 1,
+                    error_info=info,
+                )
+            )
+        return {**action.data, "error_info": info.to_dict()}
+
+    def _run_data(self, job: Job) -> dict[str, Any]:
+        graph = job.graph
+        specs = graph.specs
+        data: dict[str, Any] = {"pipeline": graph.name, "workers": self.machine.lanes["process"].slots}
+        if len(specs) <= 10_000:
+            data["stages"] = [spec.name for spec in specs]
+            data["lanes"] = {spec.name: lane for spec, lane in zip(specs, job.code.lanes, strict=True)}
+            data["kinds"] = {spec.name: str(spec.kind) for spec in specs}
+            data["edges"] = [[specs[dep].name, spec.name] for i, spec in enumerate(specs) for dep in graph.deps[i]]
+        data.update(job.identity.ids())
+        data.pop("pipeline_run_id", None)
+        return data
+
+    def _event(
+        self,
+        type: str,
+        job: Job | None,
+        stage: str | None,
+        item: tuple[int, ...] | None,
+        attempt: int | None,
+        lane: str | None,
+        data: dict[str, Any],
+    ) -> None:
+        self._seq += 1
+        event = Event(
+            type,
+            self.clock.time_ns(),
+            self._seq,
+            job.run_id if job is not None else None,
+            stage,
+            item,
+            attempt,
+            lane,
+            data,
+        )
+        if job is not None:
+            job.stats.add(event)
+            if job.sinks is not None:
+                job.sinks.emit(event)
+        if self.events.listening:
+            self.events.emit(event)
+
+    def _noted(self, call_id: int, kind: str, data: Any) -> None:
+        """What a running attempt sent."""
+        running = self.running.get(call_id)
+        if running is None:
+            return
+        job, action = running.job, running.action
+        name = job.graph.specs[action.stage].name
+        if kind == "event":
+            item = data.get("item")
+            self._event(
+                str(data["type"]),
+                job,
+                name,
+                tuple(item) if item is not None else None,
+                data.get("attempt", action.attempt),
+                action.lane,
+                dict(data.get("data") or {}),
+            )
+        elif kind == "defer":
+            job.survivors.setdefault(call_id, {})[data["index"]] = (data["call"], data.get("name"))
+        elif kind == "deferred":
+            job.survivors.pop(call_id, None)
+        else:
+            fields = dict(data) if isinstance(data, Mapping) else {"value": data}
+            self._event(f"stage.{kind}", job, name, None, action.attempt, action.lane, fields)
+
+    def _run_survivors(self, job: Job, task: int) -> None:
+        """The worker is lost: the cleanups that were to survive it run here, last registered first."""
+        found = job.survivors.pop(task, None)
+        if not found:
+            return
+        calls = [found[index] for index in sorted(found, reverse=True)]
+
+        def run_all() -> None:
+            for shipped, name in calls:
+                try:
+                    callback, args = pickle.loads(shipped)  # from our own child
+                    callback(*args)
+                except Exception:
+                    _log.exception("cleanup %s of a lost attempt failed", name or "(unnamed)")
+
+        job.cleanups.append(self.loop.run_in_executor(None, run_all))
+
+    def _worker_event(self, type: str, data: dict[str, Any]) -> None:
+        self._event(type, None, None, None, None, "process", dict(data))
+        for job in self.jobs.values():
+            job.stats.add(Event(type, self.clock.time_ns(), self._seq, job.run_id, lane="process", data=dict(data)))
+
+
+class SourcePort:
+    """The worker port of a source, which the parent drives."""
+
+    __slots__ = ("_driver", "_job", "_reason", "_stage", "lane")
+
+    def __init__(self, driver: Driver, job: Job, stage: int, lane: str) -> None:
+        self._driver = driver
+        self._job = job
+        self._stage = stage
+        self.lane = lane
+        self._reason: str | None = None
+
+    @property
+    def worker_pid(self) -> int:
+        """This process."""
+        import os
+
+        return os.getpid()
+
+    def cancelled(self) -> bool:
+        """True once the run is over or being stopped."""
+        return self._job.id not in self._driver.jobs or self._stage not in self._job.pumps
+
+    def cancel_reason(self) -> str | None:
+        """Why."""
+        return "the run is over" if self.cancelled() else None
+
+    def progress(self, done: float, total: float) -> None:
+        """A source's progress is its items."""
+
+    def note(self, kind: str, data: Any) -> None:
+        """Send an event from the source's own thread."""
+        if kind != "event":
+            return
+        name = self._job.graph.specs[self._stage].name
+        loop = self._driver.loop
+        fields = (str(data["type"]), self._job, name, None, 1, self.lane, dict(data.get("data") or {}))
+        try:
+            loop.call_soon_threadsafe(self._driver._event, *fields)
+        except RuntimeError:
+            pass  # the loop is closed: the run is over
+
+    def buffer(self, nbytes: int) -> memoryview:
+        """Plain memory."""
+        return memoryview(bytearray(nbytes))
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Sources look at `cancelled` between items; they are closed when the run ends."""
+
+
+def _survivors(done: Any) -> bool:
+    return bool(done.ranges)
+
+
+def _located(info: ErrorInfo, lane: str, pid: int, attempt: int) -> ErrorInfo:
+    """The same failure, with where it happened."""
+    import msgspec
+
+    return msgspec.structs.replace(
+        info, lane=info.lane or lane, worker_pid=info.worker_pid or pid or None, attempt=attempt
+    )
+
+
+def _digest(text: str, data: Any) -> str:
+    """Tells whether two failures are the same: their text and data."""
+    sha = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    if data is not None:
+        try:
+            sha.update(pickle.dumps(data, protocol=5))
+        except Exception:
+            sha.update(repr(data).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()

@@ -1,0 +1,665 @@
+"""`Engine`: keeps workers warm across runs, serves any number of loops and threads, closes everything it opened."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import itertools
+import os
+import sys
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, Final
+
+import msgspec
+
+from stageflow.context.cancellation import CancellationToken
+from stageflow.context.identity import RunIdentity, new_run_id
+from stageflow.context.pipeline_context import PipelineContext
+from stageflow.context.snapshot import ContextSnapshot
+from stageflow.core.errors import DefinitionError, LaneClosedError
+from stageflow.core.executor import Executor
+from stageflow.core.kinds import FailureMode
+from stageflow.events.fanout import FanOut
+from stageflow.pipeline.graph import StageGraph
+from stageflow.pipeline.names import did_you_mean
+from stageflow.runtime.clock import DriverClock, RealClock
+from stageflow.runtime.code import GraphCode, code_of
+from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
+from stageflow.runtime.driver import Driver
+from stageflow.runtime.interrupt import Interrupt
+from stageflow.runtime.job import Job
+from stageflow.runtime.result import RunResult
+from stageflow.runtime.streaming import stream_runs
+from stageflow.scheduler.machine import Machine
+
+#: lane -> where its executor is. Loaded by name, on first use: the engine never imports an executor
+LANES: Final[Mapping[str, str]] = {
+    "async": "stageflow_executors.async_tasks:AsyncExecutor",
+    "inline": "stageflow_executors.async_tasks:InlineExecutor",
+    "thread": "stageflow_executors.threads:ThreadExecutor",
+    "process": "stageflow_executors.processes.pool:ProcessExecutor",
+    "dask": "stageflow_executors.cluster.dask_lane:DaskExecutor",
+    "ray": "stageflow_executors.cluster.ray_lane:RayExecutor",
+}
+#: set in the environment of every worker: a default engine there has no process lane
+IN_WORKER: Final = "STAGEFLOW_IN_WORKER"
+#: process tasks per worker that are handed over ahead of need when they are short
+AHEAD: Final = 2
+
+RUN_KEYS: Final = ("failure_mode", "token", "timeout", "max_in_flight", "event_sinks", "metadata", "seed")
+_scopes = itertools.count(1)
+
+
+def load(path: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What applies to one run only."""
+
+    failure_mode: FailureMode | None = None
+    token: CancellationToken | None = None
+    timeout: float | None = None
+    max_in_flight: int | None = None
+    event_sinks: tuple[Any, ...] = ()
+    metadata: dict[str, Any] = {}
+    seed: int | None = None
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> RunOptions:
+        """From keywords; DefinitionError for a value that cannot be."""
+        made = dict(options)
+        mode = made.get("failure_mode")
+        if mode is not None:
+            try:
+                made["failure_mode"] = FailureMode(mode)
+            except ValueError:
+                raise DefinitionError(
+                    f"failure_mode is {mode!r}", hint=f"give one of {', '.join(FailureMode)}", field="failure_mode"
+                ) from None
+        timeout = made.get("timeout")
+        if timeout is not None and (not isinstance(timeout, int | float) or timeout <= 0):
+            raise DefinitionError(f"timeout is {timeout!r}", hint="give seconds above 0", field="timeout")
+        made["event_sinks"] = tuple(made.get("event_sinks") or ())
+        made["metadata"] = dict(made.get("metadata") or {})
+        return cls(**made)
+
+
+class _LoopState:
+    """What an engine has on one event loop."""
+
+    __slots__ = ("active", "driver", "held", "lanes", "loop", "opening")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
+        self.loop = loop
+        self.driver = driver
+        self.lanes: dict[str, Executor] = {}
+        self.active = 0
+        self.held = False  # kept open between runs: inside `async with`, or a loop of the engine's own
+        self.opening = asyncio.Lock()
+
+
+class Engine:
+    """Runs graphs. A sync and an async context manager; any number of runs, loops and threads at once.
+
+    `Engine(EngineConfig(...))` or `Engine(processes=2, ...)`. Workers, shared memory and the fork server belong to
+    the engine and to
+    no loop; each loop that runs something has a scheduler of its own. `events` takes sinks for all runs:
+    `engine.events.add(sink)`.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, clock: DriverClock | None = None, **fields: Any) -> None:
+        if config is not None and fields:
+            raise DefinitionError(
+                "give Engine either a configuration or keywords, not both", hint="EngineConfig(**keywords)"
+            )
+        self.config = config if config is not None else EngineConfig.make(**fields)
+        self.clock: DriverClock = clock if clock is not None else RealClock()
+        self.events = FanOut(self.config.event_sinks, redact=self.config.redact)
+        self.closed = False
+        self._scope = next(_scopes)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._states: dict[int, _LoopState] = {}
+        self._runners: dict[int, asyncio.Runner] = {}
+        self._supply: Any = None
+        self._in_worker = bool(os.environ.get(IN_WORKER))
+        self._slots: dict[str, int] | None = None
+        self._store: Any = None
+        self._around: Any = None
+
+    # ------------------------------------------------------------ what it has
+
+    def slots(self) -> dict[str, int]:
+        """Attempts at once, by lane."""
+        if self._slots is None:
+            processes = self.config.processes
+            if processes is None:
+                processes = load("stageflow_executors.processes.machine:usable_cores")()
+            self._slots = {
+                "async": ASYNC_SLOTS,
+                "inline": 1,
+                "thread": self.config.threads,
+                "process": processes,
+                "dask": 1024,
+                "ray": 1024,
+            }
+        return self._slots
+
+    def memory_bytes(self) -> int:
+        """The byte budget of live values."""
+        limit = self.config.memory_limit
+        usable = 0
+        if isinstance(limit, float):
+            usable = load("stageflow_executors.processes.machine:usable_memory")()
+        return self.config.memory_bytes(usable)
+
+    def code(self, graph: StageGraph) -> GraphCode:
+        """The graph with its lanes decided under this configuration."""
+        config = self.config
+        placement: Mapping[str, str] = config.placement
+        made = code_of(
+            graph,
+            placement=placement,
+            lane=config.lane,
+            resources=config.resources,
+            scope=self._scope,
+            nested=self._in_worker,
+        )
+        return made
+
+    def supply(self) -> Any:
+        """The workers, shared by all loops."""
+        with self._lock:
+            if self._supply is None:
+                config = self.config
+                limit = config.worker_memory_limit
+                self._supply = load("stageflow_executors.processes.supply:WorkerSupply")(
+                    self.slots()["process"],
+                    start_method=config.start_method,
+                    inline_threshold=config.inline_threshold,
+                    idle_timeout=config.idle_timeout,
+                    memory_limit=self.memory_bytes(),
+                    worker_memory_limit=_size(limit),
+                    max_tasks_per_child=config.max_tasks_per_child,
+                )
+            return self._supply
+
+    # ------------------------------------------------------------ loops
+
+    def _state(self) -> _LoopState:
+        """What the engine has on the running loop."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            state = self._states.get(id(loop))
+            if state is not None and state.loop is loop:
+                return state
+            machine = Machine(
+                self.slots(),
+                tokens=self.config.tokens,
+                memory=self.memory_bytes(),
+                grace=self.config.grace,
+                poison_limit=self.config.poison_limit,
+                ahead={"process": AHEAD},
+            )
+            driver = Driver(
+                loop, machine, {}, clock=self.clock, events=self.events, policies=self._policies(), engine=self
+            )
+            state = self._states[id(loop)] = _LoopState(loop, driver)
+            return state
+
+    def _policies(self) -> Any:
+        """Interceptors and idempotency, which act around attempts."""
+        if self._around is None:
+            self._around = load("stageflow.runtime.around:Around")(self)
+        return self._around
+
+    async def _open_lanes(self, state: _LoopState, lanes: Iterable[str]) -> None:
+        missing = [lane for lane in lanes if lane not in state.lanes]
+        if not missing:
+            return
+        async with state.opening:
+            for lane in missing:
+                if lane in state.lanes:
+                    continue
+                executor = self._make_lane(lane)
+                await executor.open()
+                state.lanes[lane] = executor
+                state.driver.attach(lane, executor)
+
+    def _make_lane(self, lane: str) -> Executor:
+        if lane == "process":
+            made: Executor = load(LANES[lane])(supply=self.supply(), grace=self.config.grace)
+        elif lane == "thread":
+            made = load(LANES[lane])(self.config.threads)
+        else:
+            made = load(LANES[lane])()
+        return made
+
+    async def _close_state(self, state: _LoopState) -> None:
+        """Stop what runs on this loop and give back its lanes."""
+        driver = state.driver
+        for job in list(driver.jobs.values()):
+            driver.cancel(job, "the engine is closing")
+        pending = [job.finished for job in driver.jobs.values()]
+        if pending:
+            await asyncio.wait(pending, timeout=self.config.grace + 5.0)
+        with self._lock:
+            self._states.pop(id(state.loop), None)
+        for executor in state.lanes.values():
+            await executor.aclose(grace=self.config.grace)
+        state.lanes.clear()
+
+    # ------------------------------------------------------------ runs
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise LaneClosedError("the engine is closed", hint="make a new one, or run inside its `with` block")
+        if self._pid != os.getpid():
+            raise LaneClosedError(
+                "the engine belongs to another process (this one was forked)", hint="make a new engine here"
+            )
+
+    def _snapshot(
+        self, graph: StageGraph, inputs: Mapping[str, Any] | None, snapshot: ContextSnapshot | None, options: RunOptions
+    ) -> ContextSnapshot:
+        """The snapshot of a run: inputs merged in, an id given, required inputs checked."""
+        made = snapshot if snapshot is not None else ContextSnapshot()
+        if inputs:
+            made = made.with_inputs(inputs)
+        if options.metadata:
+            made = msgspec.structs.replace(made, metadata={**made.metadata, **options.metadata})
+        if made.run_id.pipeline_run_id is None:
+            identity: RunIdentity = msgspec.structs.replace(made.run_id, pipeline_run_id=new_run_id())
+            made = made.with_run_id(identity)
+        if graph.inputs:
+            _check_inputs(graph, made.inputs)
+        return made
+
+    async def begin(
+        self,
+        graph: StageGraph,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        snapshot: ContextSnapshot | None = None,
+        options: RunOptions,
+        index: int | None = None,
+        parent: Job | None = None,
+        depth: int = 0,
+    ) -> tuple[_LoopState, Job]:
+        """Start a run on the running loop; `job.finished` has its result."""
+        state = self._state()
+        code = self.code(graph)
+        ready = self._snapshot(graph, inputs, snapshot, options)
+        for spec in graph.specs if state.driver.machine.admission.total_tokens or code.layout.has_resources else ():
+            state.driver.machine.admission.check(spec.name, spec.policies)
+        state.active += 1
+        try:
+            await self._open_lanes(state, code.needed)
+            sinks = FanOut(options.event_sinks, redact=self.config.redact) if options.event_sinks else None
+            mode = options.failure_mode or self.config.failure_mode
+            seed = options.seed
+
+            def make(id: int) -> Job:
+                job = Job(
+                    id,
+                    code,
+                    ready,
+                    ready.run_id.pipeline_run_id or "",
+                    state.loop,
+                    sinks=sinks,
+                    index=index,
+                    depth=depth,
+                    parent=parent,
+                    seed=seed,
+                )
+                job.token = options.token
+                return job
+
+            return state, state.driver.submit(make, mode=str(mode), deadline=options.timeout)
+        except BaseException:
+            state.active -= 1
+            raise
+
+    async def end(self, state: _LoopState, job: Job) -> None:
+        """The caller has the result: drain the run's sinks, and give the lanes back where nobody else uses them."""
+        state.active -= 1
+        if job.sinks is not None:
+            await job.sinks.drain(timeout=self.config.grace)
+        if state.active == 0 and not state.held:
+            await self._close_state(state)
+
+    async def execute(
+        self,
+        graph: StageGraph,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        ctx: PipelineContext | None = None,
+        snapshot: ContextSnapshot | None = None,
+        **options: Any,
+    ) -> RunResult:
+        """Run `graph` once on the running loop. Cancelling the caller cancels the run and waits until it has
+        stopped."""
+        chosen = RunOptions.make(_only_run_keys(options))
+        if ctx is not None:
+            snapshot, chosen = _from_context(ctx, snapshot, chosen)
+        state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
+        try:
+            return await self._await(state, job)
+        finally:
+            await self.end(state, job)
+
+    async def _await(self, state: _LoopState, job: Job) -> RunResult:
+        try:
+            return await asyncio.shield(job.finished)
+        except asyncio.CancelledError:
+            if job.finished.done():
+                raise
+            state.driver.cancel(job, "the caller was cancelled")
+            while not job.finished.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(job.finished)
+            raise
+
+    def run(
+        self,
+        graph: StageGraph,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        snapshot: ContextSnapshot | None = None,
+        **options: Any,
+    ) -> RunResult:
+        """Run `graph` once and block. In the main thread Ctrl-C drains the run within the grace and raises
+        KeyboardInterrupt with the
+        result as its `result`; a second one stops at once."""
+        _no_running_loop("run", "result = await graph.execute(inputs=...)")
+        chosen = RunOptions.make(_only_run_keys(options))
+        return self._on_own_loop(self._run(graph, inputs, snapshot, chosen))
+
+    async def _run(
+        self, graph: StageGraph, inputs: Mapping[str, Any] | None, snapshot: ContextSnapshot | None, options: RunOptions
+    ) -> RunResult:
+        state, job = await self.begin(graph, inputs, snapshot=snapshot, options=options)
+        try:
+            with Interrupt(
+                asyncio.get_running_loop(), lambda reason, force: state.driver.cancel(job, reason, force=force)
+            ) as stop:
+                result = await self._await(state, job)
+            stop.raise_if_asked(result)
+            return result
+        finally:
+            await self.end(state, job)
+
+    def _on_own_loop(self, coroutine: Any) -> Any:
+        """Run a coroutine on the loop that the engine keeps for this thread."""
+        self._check_open()
+        thread = threading.get_ident()
+        with self._lock:
+            runner = self._runners.get(thread)
+            if runner is None:
+                runner = self._runners[thread] = asyncio.Runner(loop_factory=loop_factory())
+        try:
+            return runner.run(self._held(coroutine))
+        finally:
+            if threading.current_thread() is not threading.main_thread():
+                # nobody tells when another thread ends: do not keep a loop for it
+                with self._lock:
+                    self._runners.pop(thread, None)
+                runner.run(self._leave_loop())
+                runner.close()
+
+    async def _held(self, coroutine: Any) -> Any:
+        try:
+            self._state().held = True
+        except BaseException:
+            coroutine.close()
+            raise
+        return await coroutine
+
+    async def _leave_loop(self) -> None:
+        state = self._states.get(id(asyncio.get_running_loop()))
+        if state is not None:
+            await self._close_state(state)
+
+    def stream(
+        self,
+        graph: StageGraph,
+        snapshots: Iterable[Any] | AsyncIterable[Any],
+        *,
+        ordered: bool = True,
+        max_in_flight: int | None = None,
+        **options: Any,
+    ) -> AsyncIterator[RunResult]:
+        """Run once per snapshot (or input mapping), pulled lazily; at most `max_in_flight` at once. Results carry
+        `index`."""
+        chosen = RunOptions.make(_only_run_keys(options))
+        most = max_in_flight or chosen.max_in_flight or self.config.max_in_flight or max(8, 2 * self.slots()["process"])
+        return stream_runs(self, graph, snapshots, ordered=ordered, most=most, options=chosen)
+
+    def run_many(
+        self,
+        graph: StageGraph,
+        snapshots: Iterable[Any],
+        *,
+        ordered: bool = True,
+        max_in_flight: int | None = None,
+        **options: Any,
+    ) -> Iterator[RunResult]:
+        """`stream` for code without an event loop."""
+        _no_running_loop("run_many", "async for result in graph.stream(...)")
+        results = self.stream(graph, snapshots, ordered=ordered, max_in_flight=max_in_flight, **options)
+        step = results.__aiter__()
+
+        async def following() -> Any:
+            try:
+                return (await step.__anext__(),)
+            except StopAsyncIteration:
+                return None
+
+        try:
+            while (found := self._on_own_loop(following())) is not None:
+                yield found[0]
+        finally:
+            if not self.closed:
+                self._on_own_loop(results.aclose())  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------ open and close
+
+    def __enter__(self) -> Engine:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Engine:
+        self._state().held = True
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    def close(self) -> None:
+        """Stop what runs, end every worker, give back every resource. Results stay valid. Idempotent."""
+        if self.closed or self._pid != os.getpid():
+            self.closed = True
+            return
+        _no_running_loop("close", "await engine.aclose()")
+        with self._lock:
+            runners, self._runners = dict(self._runners), {}
+        for runner in runners.values():
+            with contextlib.suppress(RuntimeError):
+                runner.run(self._leave_loop())
+            runner.close()
+        self._finish_close()
+
+    async def aclose(self) -> None:
+        """`close` on a running loop."""
+        if self.closed:
+            return
+        await self._leave_loop()
+        with self._lock:
+            runners, self._runners = dict(self._runners), {}
+
+        def close_others() -> None:
+            for runner in runners.values():
+                with contextlib.suppress(RuntimeError):
+                    runner.run(self._leave_loop())
+                runner.close()
+            self._finish_close()
+
+        await asyncio.get_running_loop().run_in_executor(None, close_others)
+
+    def _finish_close(self) -> None:
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            supply, self._supply = self._supply, None
+        if supply is not None:
+            supply.close()
+        if self._around is not None:
+            self._around.close()
+        from stageflow.context.resources import close_all
+
+        close_all(self._scope)
+        self.events.close()
+
+
+# ---------------------------------------------------------------- the default engine
+
+_default: Engine | None = None
+_default_lock = threading.Lock()
+
+
+def default_engine() -> Engine:
+    """The engine of this process for runs that name none; made on first use, closed at exit."""
+    global _default
+    with _default_lock:
+        if _default is None or _default.closed or _default._pid != os.getpid():
+            _default = Engine()
+        return _default
+
+
+def close_default_engine() -> None:
+    """Close the default engine; the next run makes a new one."""
+    global _default
+    with _default_lock:
+        engine, _default = _default, None
+    if engine is not None:
+        with contextlib.suppress(DefinitionError):
+            engine.close()
+
+
+def _forget_default() -> None:
+    global _default, _default_lock
+    _default = None
+    _default_lock = threading.Lock()
+
+
+atexit.register(close_default_engine)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_default)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def loop_factory() -> Any:
+    """uvloop where there is one, else asyncio's own loop."""
+    if sys.platform == "win32":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords of `run` apart: of the run, and of a private engine. Unknown ones are a DefinitionError."""
+    of_run: dict[str, Any] = {}
+    of_engine: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in RUN_KEYS:
+            of_run[name] = value
+        elif name in EngineConfig.__struct_fields__:
+            of_engine[name] = value
+        else:
+            known = (*RUN_KEYS, *EngineConfig.__struct_fields__)
+            raise DefinitionError(
+                f"run() has no option {name!r}", hint=did_you_mean(name, known, what="Options"), option=name
+            )
+    return of_run, of_engine
+
+
+def _only_run_keys(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in options:
+        if name not in RUN_KEYS:
+            if name in EngineConfig.__struct_fields__:
+                raise DefinitionError(
+                    f"{name!r} is a setting of an engine, and this engine is made already",
+                    hint=f"give it to Engine({name}=...)",
+                    option=name,
+                )
+            raise DefinitionError(
+                f"a run has no option {name!r}", hint=did_you_mean(name, RUN_KEYS, what="Options"), option=name
+            )
+    return options
+
+
+def _no_running_loop(what: str, instead: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise DefinitionError(f"{what}() blocks and an event loop is running in this thread", hint=instead)
+
+
+def _size(limit: int | str | None) -> int | None:
+    from stageflow.pipeline.policies import parse_size
+
+    return None if limit is None else parse_size(limit)
+
+
+def _check_inputs(graph: StageGraph, given: Mapping[str, Any]) -> None:
+    missing = [name for name in graph.inputs if name not in given]
+    if not missing:
+        return
+    name = missing[0]
+    users = []
+    for spec in graph.specs:
+        if spec.over_input == name:
+            users.append(f"stage {spec.name!r} goes over it")
+        users.extend(
+            f"parameter {binding.param!r} of stage {spec.name!r}"
+            for binding in spec.bindings
+            if binding.source == "input" and binding.ref == name
+        )
+    near = did_you_mean(name, [*given, *graph.index], what="Given inputs and stages")
+    others = f"; also missing: {', '.join(map(repr, missing[1:]))}" if len(missing) > 1 else ""
+    raise DefinitionError(
+        f"pipeline {graph.name!r} needs the input {name!r} ({'; '.join(users[:3]) or 'declared'}){others}",
+        hint=f"give it as run({{{name!r}: ...}}), or name a stage {name!r}. {near}",
+        input=name,
+        missing=tuple(missing),
+    )
+
+
+def _from_context(
+    ctx: PipelineContext, snapshot: ContextSnapshot | None, options: RunOptions
+) -> tuple[ContextSnapshot, RunOptions]:
+    """A run started with a PipelineContext has its identity, and is cancelled with it."""
+    made = snapshot if snapshot is not None else ContextSnapshot()
+    if made.run_id.pipeline_run_id is None:
+        made = made.with_run_id(ctx.run_id)
+    token = getattr(ctx, "token", None)
+    if options.token is None and isinstance(token, CancellationToken):
+        options = msgspec.structs.replace(options, token=token)
+    return made, options

@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM during a blocking run: a signal handler of the loop, never an exception inside the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+_EXIT: Final = {signal.SIGTERM: 143}
+if hasattr(signal, "SIGHUP"):
+    _EXIT[signal.SIGHUP] = 129
+
+
+class Interrupt:
+    """While it is entered (main thread, default handlers only), the first signal asks to drain, the second to stop at
+    once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stop: Callable[[str, bool], None]) -> None:
+        self._loop = loop
+        self._stop = stop
+        self._installed: list[signal.Signals] = []
+        self._asked: signal.Signals | None = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        watched = [signal.SIGINT, *_EXIT]
+        for number in watched:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            current = signal.getsignal(number)
+            # asyncio.Runner puts a handler of its own in the place of the default one
+            if current is default or getattr(current, "__name__", "") == "_on_sigint" or _is_runner(current):
+                with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                    self._loop.add_signal_handler(number, self._received, number)
+                    self._installed.append(number)
+                    self._restore = getattr(self, "_restore", {})
+                    self._restore[number] = current
+        return self
+
+    def _received(self, number: signal.Signals) -> None:
+        force = self._asked is not None
+        self._asked = self._asked or number
+        self._stop(f"interrupted by {signal.Signals(number).name}", force)
+
+    def __exit__(self, *exc: object) -> None:
+        for number in self._installed:
+            with contextlib.suppress(Exception):
+                self._loop.remove_signal_handler(number)
+                signal.signal(number, self._restore[number])
+        self._installed.clear()
+
+    def raise_if_asked(self, result: Any) -> None:
+        """KeyboardInterrupt (or SystemExit for SIGTERM and SIGHUP) with the partial result as its `result`."""
+        if self._asked is None:
+            return
+        error: BaseException
+        if self._asked == signal.SIGINT:
+            error = KeyboardInterrupt("interrupted; the partial result is in .result")
+        else:
+            error = SystemExit(_EXIT[self._asked])
+        error.result = result  # type: ignore[union-attr, attr-defined, unused-ignore]
+        raise error
+
+
+def _is_runner(handler: Any) -> bool:
+    return isinstance(getattr(getattr(handler, "func", None), "__self__", None), asyncio.Runner)

@@ -1,0 +1,153 @@
+"""One run as the driver sees it: its graph's code, its values, its sinks, and who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+from stageflow.context.cancellation import CancellationToken
+from stageflow.context.identity import RunIdentity
+from stageflow.context.snapshot import ContextSnapshot
+from stageflow.core.output import ErrorInfo
+from stageflow.events.fanout import FanOut
+from stageflow.observability.stats import StatsFold
+from stageflow.pipeline.graph import StageGraph
+from stageflow.runtime.book import Book
+from stageflow.runtime.code import GraphCode
+from stageflow.runtime.result import Abandoned, FailureRecord, FailureSummary, RunResult
+from stageflow.scheduler.states import StageState
+
+#: failed items of which the details are kept; all are counted
+KEPT_FAILURES: Final = 10_000
+
+
+class Job:
+    """A run under way."""
+
+    __slots__ = (
+        "_dice",
+        "abandoned",
+        "book",
+        "children",
+        "cleanups",
+        "code",
+        "depth",
+        "dice",
+        "error",
+        "failed_items",
+        "failures",
+        "finished",
+        "graph",
+        "id",
+        "identity",
+        "index",
+        "parent",
+        "pumps",
+        "result",
+        "run_id",
+        "sinks",
+        "snapshot",
+        "snapshot_wire",
+        "started",
+        "started_ns",
+        "stats",
+        "survivors",
+        "token",
+        "unlink",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        code: GraphCode,
+        snapshot: ContextSnapshot,
+        run_id: str,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        sinks: FanOut | None,
+        index: int | None,
+        depth: int,
+        parent: Job | None,
+        seed: int | None,
+    ) -> None:
+        graph: StageGraph = code.graph
+        self.id = id
+        self.code = code
+        self.graph = graph
+        self.snapshot = snapshot
+        self.identity: RunIdentity = snapshot.run_id
+        self.run_id = run_id
+        self.book = Book(graph)
+        self.sinks = sinks
+        self.index = index
+        self.depth = depth
+        self.parent = parent
+        self.children: set[int] = set()
+        self.cleanups: list[Any] = []  # of lost attempts, running on a thread
+        self._dice: dict[Any, random.Random] = {}
+        self.stats = StatsFold()
+        self.dice = random.Random(seed)
+        self.failures: list[FailureRecord] = []
+        self.failed_items = 0
+        self.abandoned: list[Abandoned] = []
+        self.pumps: dict[int, Any] = {}
+        self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
+        self.snapshot_wire: Any = None
+        self.token: CancellationToken | None = None
+        self.unlink: Callable[[], None] | None = None
+        self.started = 0.0
+        self.started_ns = 0
+        self.error: ErrorInfo | None = None
+        self.result: RunResult | None = None
+        self.finished: asyncio.Future[RunResult] = loop.create_future()
+
+    def dice_for(self, seed: int | None, key: Any) -> random.Random:
+        """The jitter of one task: the run's own, or (with a seeded policy) one that gives the same rolls in every
+        run."""
+        if seed is None:
+            return self.dice
+        found = self._dice.get(key)
+        if found is None:
+            found = self._dice[key] = random.Random(f"{seed}:{key}")
+        return found
+
+    def finish(self, status: str, reason: str | None, error: ErrorInfo | None, now: float, states: bytes) -> RunResult:
+        """Make the result."""
+        done = states.count(StageState.DONE)
+        failed = states.count(StageState.FAILED)
+        skipped = states.count(StageState.SKIPPED)
+        summary = FailureSummary(
+            total_stages=len(states),
+            completed_stages=done,
+            failed_stages=failed,
+            skipped_stages=skipped,
+            cancelled_stages=states.count(StageState.CANCELLED),
+            failed_items=self.failed_items,
+            failures=tuple(self.failures),
+        )
+        text = None
+        if status == "failed":
+            text = reason
+            if text is None and self.failures:
+                first = self.failures[0]
+                where = f" at item {list(first.item)}" if first.item else ""
+                more = len(self.failures) - 1
+                text = f"stage {first.stage!r} failed{where}: {first.error}" + (f" (and {more} more)" if more else "")
+        self.result = RunResult(
+            book=self.book,
+            graph=self.graph,
+            run_id=self.run_id,
+            status=status,
+            error=text,
+            error_info=error or (self.failures[0].error_info if self.failures and status == "failed" else None),
+            duration_ms=(now - self.started) * 1000.0,
+            cancel_reason=reason if status == "cancelled" else None,
+            failures=summary,
+            stats=self.stats,
+            abandoned=tuple(self.abandoned),
+            index=self.index,
+            parent_run_id=self.parent.run_id if self.parent is not None else None,
+        )
+        return self.result

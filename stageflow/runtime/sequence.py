@@ -1,0 +1,116 @@
+"""`ItemSequence`: the kept items of a map, in order, decoded when they are looked at."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+
+class Values:
+    """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
+
+    __slots__ = ("_payload", "_values", "nbytes")
+
+    def __init__(self, values: list[Any] | None, payload: Any = None, nbytes: int = 0) -> None:
+        self._values = values
+        self._payload = payload
+        self.nbytes = nbytes
+
+    @property
+    def payload(self) -> Any:
+        """The encoded form, or None."""
+        return self._payload
+
+    def wire(self) -> Any:
+        """What a call gets: the encoded form where there is one."""
+        return self._payload if self._payload is not None else self._values
+
+    def load(self) -> list[Any]:
+        """The items."""
+        if self._values is not None:
+            return self._values
+        loaded: list[Any] = self._payload.load()
+        return loaded
+
+
+class ItemSequence(Sequence[Any]):
+    """Ordered, re-iterable, lazily decoded. `len`, indexing, slicing and iteration hold one decoded list at a time."""
+
+    __slots__ = ("_cached", "_cached_number", "_parts", "_sorted", "_starts")
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, int, int, Values]] = []  # (lo, count, place in the list, list)
+        self._starts: array[int] = array("q")
+        self._sorted = True
+        self._cached_number = -1
+        self._cached: list[Any] = []
+
+    def add(self, lo: int, count: int, at: int, values: Values) -> None:
+        """Items with indices from `lo` on: `count` of them from place `at` of a list."""
+        if count:
+            self._parts.append((lo, count, at, values))
+            self._sorted = False
+
+    def _settle(self) -> None:
+        if self._sorted and len(self._starts) == len(self._parts):
+            return
+        self._parts.sort(key=lambda part: part[0])
+        starts: array[int] = array("q")
+        total = 0
+        for part in self._parts:
+            starts.append(total)
+            total += part[1]
+        self._starts = starts
+        self._sorted = True
+        self._cached_number = -1
+
+    def __len__(self) -> int:
+        self._settle()
+        return self._starts[-1] + self._parts[-1][1] if self._parts else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        length = len(self)
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(length))]
+        if index < 0:
+            index += length
+        if not 0 <= index < length:
+            raise IndexError("item index out of range")
+        number = bisect_right(self._starts, index) - 1
+        lo, _, at, values = self._parts[number]
+        if self._cached_number != number:
+            self._cached = values.load()
+            self._cached_number = number
+        return self._cached[at + index - self._starts[number]]
+
+    def __iter__(self) -> Iterator[Any]:
+        self._settle()
+        for _, count, at, values in self._parts:
+            loaded = values.load()
+            yield from loaded[at : at + count] if (at or len(loaded) != count) else loaded
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ItemSequence | list | tuple):
+            return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # crosses a process boundary as the items themselves; the reader sees the same type
+        return _from_list, (list(self),)
+
+    def __repr__(self) -> str:
+        return f"<ItemSequence of {len(self)} items>"
+
+
+def _from_list(items: list[Any]) -> ItemSequence:
+    made = ItemSequence()
+    made.add(0, len(items), 0, Values(items))
+    return made
