@@ -13,6 +13,9 @@ from stageflow.pipeline.placement import place
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.pipeline.svg import draw_svg
 
+#: nobody can read a picture of more, and every edge past a layer needs a waypoint in it
+MOST_IN_A_PICTURE: Final = 2_000
+
 _LANE_COLOURS: Final = {
     "async": "#7c5cd6",
     "thread": "#2f7ed8",
@@ -174,6 +177,11 @@ def draw_dot(graph: StageGraph) -> str:
 
 
 def _svg(graph: StageGraph) -> str:
+    if graph.stage_count > MOST_IN_A_PICTURE:
+        raise DefinitionError(
+            f"pipeline {graph.name!r} has {graph.stage_count} stages, too many for a picture",
+            hint=f"Pictures go up to {MOST_IN_A_PICTURE} stages; draw as text or dot, or draw a subpipeline.",
+        )
     titles = [subtitle(graph, i) for i in range(len(graph.specs))]
     kinds = {(j, i): edge_kind(graph, j, i) for i in range(len(graph.specs)) for j in graph.deps[i]}
     return draw_svg(graph, lanes_of(graph), titles, kinds)

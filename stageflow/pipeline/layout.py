@@ -168,11 +168,9 @@ def _place(boxes: list[Box], layers: list[list[int]], gaps: list[list[float]]) -
 
 
 def _wish(boxes: list[Box], number: int, sweep: int) -> tuple[float, float]:
-    """Where a box would like its centre, and how much: towards one side first, towards both at the end."""
+    """Where a box would like its centre, and how much. One side at a time: else chains become staircases."""
     box = boxes[number]
-    near = box.before + box.after
-    if sweep < _PLACING - 6:
-        near = (box.before if sweep % 2 == 0 else box.after) or near
+    near = (box.before or box.after) if sweep % 2 == 0 else (box.after or box.before)
     if not near:
         return box.centre, 0.1
     line = box.stage < 0

@@ -11,6 +11,7 @@ from typing import Any, Final, Union, get_args, get_origin
 import msgspec
 
 from stageflow.core.stage import MARK
+from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.spec import Form
 
 #: stands for "not annotated", or annotated with a name that cannot be resolved here
@@ -48,6 +49,8 @@ class Traits(msgspec.Struct, frozen=True, eq=False):
 
 def read_traits(runner: Any) -> Traits:
     """Analyse `runner`; never raises for a runner that is merely wrong (see `Traits.problem`)."""
+    if isinstance(runner, StageGraph):
+        return Traits(runner, "graph", is_async=True)
     if isinstance(runner, type) and callable(getattr(runner, "execute", None)):
         return _object_traits(runner, getattr(runner, "execute", None), "class", _construction_problem(runner))
     if not isinstance(runner, type) and callable(getattr(runner, "execute", None)) and not _is_function(runner):

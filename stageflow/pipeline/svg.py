@@ -151,8 +151,8 @@ class _Canvas:
             stack = f'<rect class="box" x="5" y="5" width="{width:.1f}" height="{_HEIGHT:.0f}" rx="8"/>'
         dashed = " source" if role is Role.SOURCE else ""
         return (
-            f'<g class="node {lane}{dashed}" transform="translate({x:.1f} {y:.1f})"><title>{_text(full)}: {_text(sub)}, '
-            f"{_text(lane)} lane</title>{stack}"
+            f'<g class="node {lane}{dashed}" transform="translate({x:.1f} {y:.1f})">'
+            f"<title>{_text(full)}: {_text(sub)}, {_text(lane)} lane</title>{stack}"
             f'<rect class="box" width="{width:.1f}" height="{_HEIGHT:.0f}" rx="8"/>'
             f'<path class="stripe" d="M8 0H6a6 6 0 0 0-6 8V{_HEIGHT - 8:.0f}a6 6 0 0 0 6 8h2z"/>'
             f'<text class="name" x="20" y="20">{_text(name)}</text>'
