@@ -389,7 +389,7 @@ class Driver:
         try:
             code = job.code.stage(action.stage)
             commons = self._values(job, code.sources, lane, executor)
-            pieces, lists = self._pieces(job, action.segments, len(commons))
+            pieces, lists = self._pieces(job, action.segments, len(commons), lane)
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
             header = self._header(job, action, spec)
             shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
@@ -406,12 +406,13 @@ class Driver:
             return
         executor.start(call, self._block_outcome)
 
-    def _pieces(self, job: Job, segments: Any, first: int) -> tuple[tuple[Piece, ...], list[Any]]:
+    def _pieces(self, job: Job, segments: Any, first: int, lane: str) -> tuple[tuple[Piece, ...], list[Any]]:
         """Segments as a call carries them: each list of values once, addressed by its place among the arguments."""
         handles = job.book.handles
+        crosses = lane == "process"
         if len(segments) == 1 and len(segments[0][3]) == 1:
             lo, hi, mask, ((handle, at),) = segments[0]
-            return (Piece(lo, hi, mask, ((first, at),)),), [handles[handle].wire()]
+            return (Piece(lo, hi, mask, ((first, at),)),), [handles[handle].form(crosses)]
         places: dict[int, int] = {}
         lists: list[Any] = []
         pieces: list[Piece] = []
@@ -421,7 +422,7 @@ class Driver:
                 place = places.get(handle)
                 if place is None:
                     place = places[handle] = first + len(lists)
-                    lists.append(handles[handle].wire())
+                    lists.append(handles[handle].form(crosses))
                 wired.append((place, at))
             pieces.append(Piece(lo, hi, mask, tuple(wired)))
         return tuple(pieces), lists
@@ -440,12 +441,12 @@ class Driver:
             header = self._header(job, action, spec)
             args: tuple[Any, ...]
             if action.job == "merge":
-                args = (None, *(handles[handle].wire() if handle else ABSENT for handle in action.accumulators))
+                args = (None, *(handles[h].form(lane == "process") if h else ABSENT for h in action.accumulators))
             else:
                 commons = self._values(job, code.sources, lane, executor)
                 if action.accumulators:
-                    commons.append(handles[action.accumulators[0]].wire())
-                pieces, lists = self._pieces(job, action.segments, len(commons))
+                    commons.append(handles[action.accumulators[0]].form(lane == "process"))
+                pieces, lists = self._pieces(job, action.segments, len(commons), lane)
                 args = (pieces, *commons, *lists)
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
             call = Call(action.task, shipped, (header, snapshot, action.job, *args), False, action.alone)

@@ -23,16 +23,15 @@ class Values:
         """The encoded form, or None."""
         return self._payload
 
-    def wire(self) -> Any:
-        """What a call gets: the encoded form where there is one."""
-        return self._payload if self._payload is not None else self._values
+    def form(self, crosses: bool) -> Any:
+        """What a call gets: the encoded form where it crosses a process boundary and there is one, else the items."""
+        return self._payload if crosses and self._payload is not None else self.load()
 
     def load(self) -> list[Any]:
-        """The items."""
-        if self._values is not None:
-            return self._values
-        loaded: list[Any] = self._payload.load()
-        return loaded
+        """The items; decoded once while anybody holds this list."""
+        if self._values is None:
+            self._values = self._payload.load()
+        return self._values
 
 
 class ItemSequence(Sequence[Any]):
@@ -83,7 +82,7 @@ class ItemSequence(Sequence[Any]):
         if not 0 <= index < length:
             raise IndexError("item index out of range")
         number = bisect_right(self._starts, index) - 1
-        lo, _, at, values = self._parts[number]
+        _, _, at, values = self._parts[number]
         if self._cached_number != number:
             self._cached = values.load()
             self._cached_number = number
