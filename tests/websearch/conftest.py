@@ -140,3 +140,56 @@ def bomb(megabytes: int) -> bytes:
 
 def gzipped(text: str) -> bytes:
     return gzip.compress(text.encode())
+
+
+def generated_site(site: Site, pages: int = 300) -> None:
+    """A site of `pages` ordinary pages, ten links each, and every trap a crawler can fall into."""
+    private = "http://169.254.169.254/latest/meta-data/"
+
+    def ordinary(number: int) -> str:
+        links = "".join(f'<a href="/p/{(number * 7 + step) % pages}.html">page {step}</a> ' for step in range(1, 11))
+        return (
+            f"<html><head><title>Page {number}</title></head><body><nav><a href='/'>home</a></nav>"
+            f"<main><h1>Page {number}</h1><p>The text of page {number}.</p>{links}</main></body></html>"
+        )
+
+    traps = {
+        "/trap/loop": "<a href='/trap/loop'>self</a><a href='/trap/loop?utm_source=x'>self again</a>",
+        "/trap/deep/": "<a href='deep/'>deeper</a>",
+        "/trap/huge": "<p>" + "x" * 200_000 + "</p>",
+    }
+    front = "".join(f'<a href="/p/{number}.html">{number}</a> ' for number in range(0, pages, 10))
+    more = "".join(
+        f'<a href="{path}">{path}</a> '
+        for path in (
+            *traps,
+            *("/trap/calendar/2024/1", "/trap/bomb", "/trap/charset", "/trap/away", "/trap/inside", "/trap/circle"),
+            *("/trap/error", "/private/x", "mailto:me@site.test", "javascript:x", "http://other.test/"),
+        )
+    )
+    site.page("/", f"<title>Front</title><main><p>Start here</p>{front}{more}</main>")
+    for path, body in traps.items():
+        site.page(path, body)
+    site.page("/trap/bomb", bomb(50), content_encoding="gzip")
+    site.page("/trap/charset", "<p>Здравствуйте</p>".encode("koi8-r"), content_type="text/html; charset=koi8-r")
+    site.redirect("/trap/away", "http://169.254.169.254/")
+    site.redirect("/trap/inside", private)
+    site.redirect("/trap/circle", "/trap/circle")
+    site.page("/trap/error", "broken", status=500)
+    site.page("/robots.txt", "User-agent: *\nDisallow: /private/\n", content_type="text/plain")
+
+    def otherwise(request: Request) -> Answer | None:
+        html = {"content-type": "text/html; charset=utf-8"}
+        if request.path.startswith("/p/") and request.path.endswith(".html"):
+            name = request.path[3:-5]
+            if name.isdigit() and int(name) < pages:
+                return 200, html, ordinary(int(name)).encode()
+        if request.path.startswith("/trap/calendar/"):
+            year, month = (int(part) for part in request.path.split("/")[3:5])
+            following = f"/trap/calendar/{year + month // 12}/{month % 12 + 1}"
+            return 200, html, f"<a href='{following}'>next month</a>".encode()
+        if request.path.startswith("/trap/deep/"):
+            return 200, html, b"<a href='deep/'>deeper</a>"
+        return None
+
+    site.otherwise = otherwise

@@ -63,8 +63,10 @@ def plain(body: str) -> str:
             "| A | B |\n| --- | --- |\n| 1 | 2\\|3 |",
         ),
         (
-            '<table><tr><td colspan="2">w</td></tr>'
-            '<tr><td rowspan="2">a</td><td>b</td></tr><tr><td>c</td></tr></table>',
+            (
+                '<table><tr><td colspan="2">w</td></tr>'
+                '<tr><td rowspan="2">a</td><td>b</td></tr><tr><td>c</td></tr></table>'
+            ),
             "| w |  |\n| --- | --- |\n| a | b |\n|  | c |",
         ),
         (
