@@ -68,6 +68,7 @@ def parse_html(text: str, *, max_chars: int) -> Element | None:
 
 @lru_cache(maxsize=512)
 def _compiled(selectors: tuple[str, ...]) -> Any:
+    require("cssselect")  # lxml would say "does not seem to be installed" without saying what to install
     css = require("lxml.cssselect")
     for selector in selectors:
         try:

@@ -77,7 +77,7 @@ def require(module: str, *, extra: str = "web", package: str | None = None) -> M
         return import_module(module)
     except ModuleNotFoundError as error:
         root = module.partition(".")[0]
-        if (error.name or "").partition(".")[0] not in {root, "cssselect", "httpcore"}:
+        if (error.name or "").partition(".")[0] not in {root, "httpcore"}:
             raise
         missing = error.name or module
         raise MissingExtraError(

@@ -17,7 +17,45 @@ from stageflow.websearch.politeness import RobotsRules
 bounded = settings(max_examples=120, deadline=3000, derandomize=True, database=None)
 
 TAGS = st.sampled_from(
-    ["p", "div", "a", "b", "i", "em", "strong", "ul", "ol", "li", "table", "tr", "td", "th", "caption", "blockquote", "pre", "code", "h1", "h2", "h6", "br", "hr", "img", "script", "style", "nav", "main", "article", "svg", "title", "base", "meta", "link", "select", "option", "form", "dl", "dt", "dd", "html", "body", "head", "template", "noscript", "iframe", "textarea"]
+    [
+        *(
+            "p",
+            "div",
+            "a",
+            "b",
+            "i",
+            "em",
+            "strong",
+            "ul",
+            "ol",
+            "li",
+            "table",
+            "tr",
+            "td",
+            "th",
+            "caption",
+            "blockquote",
+        ),
+        *(
+            "pre",
+            "code",
+            "h1",
+            "h2",
+            "h6",
+            "br",
+            "hr",
+            "img",
+            "script",
+            "style",
+            "nav",
+            "main",
+            "article",
+            "svg",
+            "title",
+        ),
+        *("base", "meta", "link", "select", "option", "form", "dl", "dt", "dd", "html", "body", "head", "template"),
+        *("noscript", "iframe", "textarea"),
+    ]
 )
 ATTRIBUTE = st.sampled_from(
     [

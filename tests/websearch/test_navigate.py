@@ -79,7 +79,8 @@ def test_declared_relations_serve_too() -> None:
 def test_actions_are_ordered_unique_and_capped() -> None:
     menu = "".join(f"<a href=/m{n}>Menu {n}</a>" for n in range(4))
     text = "words " * 60
-    html = f"""<nav class=x>{menu}</nav><ol class=breadcrumb><li><a href=/>Home</a></li><li><a href=/s>Section</a></li></ol>
+    html = f"""<nav class=x>{menu}</nav>
+      <ol class=breadcrumb><li><a href=/>Home</a></li><li><a href=/s>Section</a></li></ol>
       <article><p>{text}<a href=/c1>content one</a><a href=/m1>menu again</a><a href=/c2>ab</a></p></article>
       <div class=pagination><a href=/n>next</a><a href=/m2>prev</a></div>"""
     found = LxmlNavigator().analyze(html, "http://s.test/")
