@@ -150,7 +150,8 @@ def document(title: str, body: str, *, script: str = SCRIPT, live: bool = False)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     connect = "'self'" if live else "'none'"
     policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src {connect};"
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline';"
+        f" script-src 'sha256-{digest}'; connect-src {connect};"
         " base-uri 'none'; form-action 'none'"
     )
     return (
