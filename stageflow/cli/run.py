@@ -51,7 +51,7 @@ def run(
         try:
             result = graph.run(inputs, event_sinks=views.sinks, **as_config(options))
             code = 0 if result.success else 1
-        except KeyboardInterrupt as interrupt:
+        except (KeyboardInterrupt, SystemExit) as interrupt:
             result, code = stopped(interrupt)
             if result is None:
                 raise

@@ -21,8 +21,8 @@ _MAX_OUTPUT: Final = 400
 
 def stopped(interrupt: BaseException) -> tuple[Any, int]:
     """What a stopped run had done (None if it had not begun), and the exit code of the signal that stopped it."""
-    code = 128 + int(getattr(interrupt, "signal", None) or signal.SIGINT)
-    return getattr(interrupt, "result", None), code
+    code = interrupt.code if isinstance(interrupt, SystemExit) else 128 + signal.SIGINT
+    return getattr(interrupt, "result", None), code if isinstance(code, int) else 1
 
 
 def as_data(graph: StageGraph, result: RunResult) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def _run(inputs: dict[str, str], processes: int | None, progress: bool | None, s
         interrupted = 0
         try:
             result = graph.run(inputs, engine=engine, event_sinks=sinks)
-        except KeyboardInterrupt as stop:
+        except (KeyboardInterrupt, SystemExit) as stop:  # the second comes from SIGTERM, with its exit code
             result = getattr(stop, "result", None)
             if result is None:
                 raise
-            interrupted = 128 + int(getattr(stop, "signal", None) or 2)
+            interrupted = int(stop.code or 1) if isinstance(stop, SystemExit) else 130
         wall = time.perf_counter() - began
         return Done(result, meter.split(result.stats), wall, interrupted)
 
