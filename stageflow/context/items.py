@@ -81,6 +81,16 @@ def bits(mask: int, lo: int = 0) -> list[int]:
     return found
 
 
+def mask_to_wire(mask: int) -> int | bytes:
+    """A mask as it crosses: whole numbers above 63 bits do not fit a frame."""
+    return mask if mask < 1 << 63 else mask.to_bytes((mask.bit_length() + 7) // 8, "little")
+
+
+def mask_from_wire(mask: int | bytes) -> int:
+    """The mask again."""
+    return mask if isinstance(mask, int) else int.from_bytes(mask, "little")
+
+
 class ItemFailure(msgspec.Struct, frozen=True, array_like=True):
     """One item that did not come through. `status` is FAIL, RETRY or CANCEL."""
 
@@ -98,7 +108,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     `counts` (flat-map) has the number of items each input item gave, in order.
     """
 
-    ranges: tuple[tuple[int, int, int], ...]
+    ranges: tuple[tuple[int, int, Any], ...]
     failures: tuple[ItemFailure, ...] = ()
     unrun: tuple[tuple[int, int], ...] = ()
     counts: tuple[int, ...] | None = None
@@ -269,7 +279,7 @@ class ItemProgram(Program):
         """Check the length of a batch's result and sort its elements out."""
         if self.flat:
             kept = [value for value in result if value is not DROP]
-            ranges = tuple((piece.lo, piece.hi, piece.mask) for piece in pieces)
+            ranges = tuple((piece.lo, piece.hi, mask_to_wire(piece.mask)) for piece in pieces)
             counts = (len(kept), *([0] * (len(indices) - 1)))
             return Reply(kept, Done(ranges, counts=counts, seconds=seconds, cpu_seconds=cpu))
         try:
@@ -288,7 +298,7 @@ class ItemProgram(Program):
             (
                 piece.lo,
                 piece.hi,
-                _mask_of((index for index in piece.indices() if index in survivors), piece.lo, piece.hi),
+                mask_to_wire(_mask_of((i for i in piece.indices() if i in survivors), piece.lo, piece.hi)),
             )
             for piece in pieces
         )
@@ -524,7 +534,7 @@ class _Part:
         else:
             mask = _mask_of(self.survivors, lo, hi)
         counts = tuple(self.counts) if self.program.flat else None
-        done = Done(((lo, hi, mask),), tuple(self.failures), (), counts, seconds, cpu)
+        done = Done(((lo, hi, mask_to_wire(mask)),), tuple(self.failures), (), counts, seconds, cpu)
         has_value = self.program.keeps_values and (bool(self.values) or self.program.flat)
         return Reply(self.values if has_value else None, done, has_value=has_value)
 

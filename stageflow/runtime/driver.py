@@ -16,8 +16,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import msgspec
+
 from stageflow.context.attempt import ABSENT, Header
-from stageflow.context.items import Done, ItemFailure, Piece
+from stageflow.context.items import Done, ItemFailure, Piece, mask_from_wire
 from stageflow.core.errors import InvariantError, StageflowError
 from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind
 from stageflow.core.failure import capture
@@ -648,10 +650,8 @@ class Driver:
         if outcome.final:
             del self.running[outcome.call_id]
         meta = outcome.meta
-        if isinstance(meta, list | tuple):
-            meta = Done(*meta)
-        if outcome.kind == OutcomeKind.OK and isinstance(meta, Done):
-            part.done = meta
+        if outcome.kind == OutcomeKind.OK and meta is not None:
+            meta = part.done = _done(meta)
             if outcome.value is not None and _survivors(meta):
                 part.handle, part.nbytes = self._hold(job, action.lane, outcome)
             if meta.failures:
@@ -1131,14 +1131,22 @@ class SourcePort:
         """Sources look at `cancelled` between items; they are closed when the run ends."""
 
 
+def _done(meta: Any) -> Done:
+    """What a part says, with masks as whole numbers whatever form they crossed in."""
+    done = meta if isinstance(meta, Done) else Done(*meta)
+    if any(not isinstance(mask, int) for _, _, mask in done.ranges):
+        done = msgspec.structs.replace(
+            done, ranges=tuple((lo, hi, mask_from_wire(mask)) for lo, hi, mask in done.ranges)
+        )
+    return done
+
+
 def _survivors(done: Any) -> bool:
     return bool(done.ranges)
 
 
 def _located(info: ErrorInfo, lane: str, pid: int, attempt: int) -> ErrorInfo:
     """The same failure, with where it happened."""
-    import msgspec
-
     return msgspec.structs.replace(
         info, lane=info.lane or lane, worker_pid=info.worker_pid or pid or None, attempt=attempt
     )
