@@ -1,0 +1,161 @@
+"""The room's stage inside the real engine: beside other work, with failure modes, retries, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stageflow import (
+    CancellationToken,
+    ContextSnapshot,
+    Engine,
+    PipelineBuilder,
+    RunIdentity,
+    RunResult,
+    StageContext,
+    StageGraph,
+    StageStatus,
+)
+from stageflow.tools import (
+    ApprovalRequest,
+    ApprovalService,
+    ApprovalStage,
+    InMemoryApprovals,
+    SQLiteApprovals,
+    ToolExecutor,
+    ToolRegistry,
+    tool,
+)
+from stageflow.tools.definitions import ToolInput
+
+
+def plan(n: int) -> dict[str, int]:
+    return {"n": n}
+
+
+async def double(n: int) -> int:
+    return n * 2
+
+
+def act(plan: dict[str, int]) -> int:
+    return plan["n"]
+
+
+def graph_with(approvals: ApprovalService, **stage: Any) -> StageGraph:
+    return (
+        PipelineBuilder("guarded")
+        .stage("plan", plan, executor="thread")
+        .stage("approve", ApprovalStage(approvals, "may it act?", **stage), ["plan"])
+        .stage("act", act, after=["approve"], executor="thread")
+        .stage("beside", double)
+        .build()
+    )
+
+
+async def asked(approvals: InMemoryApprovals | SQLiteApprovals, count: int = 1) -> list[ApprovalRequest]:
+    while len(found := approvals.pending_requests()) < count:
+        await asyncio.sleep(0.005)
+    return found
+
+
+async def start(graph: StageGraph, run_id: str = "run-1", **options: Any) -> asyncio.Task[RunResult]:
+    snapshot = ContextSnapshot(run_id=RunIdentity(pipeline_run_id=run_id, user_id="ada"), inputs={"n": 3})
+    return asyncio.create_task(graph.execute(snapshot=snapshot, **options))
+
+
+async def test_it_waits_on_the_loop_and_the_rest_goes_on() -> None:
+    approvals = InMemoryApprovals()
+    async with Engine(threads=1, processes=1) as engine:
+        graph = graph_with(approvals)
+        runs = [await start(graph, f"run-{n}", engine=engine) for n in range(20)]
+        requests = await asked(approvals, 20)
+        other = await graph_of_thread_work().execute(inputs={"n": 1}, engine=engine)
+        assert other.data("act") == 1, "the one thread is free while twenty runs wait"
+        for request in requests:
+            assert (request.requested_by, request.stage, request.to_dict()["arguments"]) == (
+                "ada",
+                "approve",
+                {"plan": {"n": 3}},
+            )
+            approvals.approve(request.id, by="bob")
+        for run in runs:
+            result = await run
+            assert (result.success, result.data("act"), result.data("beside")) == (True, 3, 6)
+            assert result.data("approve")["decided_by"] == "bob"
+
+
+def graph_of_thread_work() -> StageGraph:
+    return (
+        PipelineBuilder("threads").stage("plan", plan, executor="thread").stage("act", act, executor="thread").build()
+    )
+
+
+async def test_denied_keeps_the_rest_out() -> None:
+    approvals = InMemoryApprovals()
+    run = await start(graph_with(approvals))
+    approvals.deny((await asked(approvals))[0].id, by="bob", reason="no")
+    result = await run
+    assert not result.success
+    assert result.outputs["approve"].error == "denied by bob: no"
+    assert result.outputs["approve"].data["status"] == "denied"
+    assert "act" not in result.outputs or result.outputs["act"].status is not StageStatus.OK
+
+
+async def test_a_withdrawn_question_cancels_the_run() -> None:
+    approvals = InMemoryApprovals()
+    run = await start(graph_with(approvals))
+    approvals.cancel((await asked(approvals))[0].id, by="ops")
+    result = await run
+    assert (result.success, result.cancelled) == (False, True)
+    assert "cancelled by ops" in str(result.cancel_reason)
+
+
+async def test_nobody_decides() -> None:
+    result = await (await start(graph_with(InMemoryApprovals(), timeout=0.05)))
+    assert result.outputs["approve"].error == "nobody decided in time"
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_a_cancelled_run_stops_waiting(durable: bool, tmp_path: Path) -> None:
+    approvals = SQLiteApprovals(tmp_path / "a.sqlite") if durable else InMemoryApprovals()
+    token = CancellationToken()
+    run = await start(graph_with(approvals), token=token)
+    (request,) = await asked(approvals)
+    token.cancel("enough")
+    result = await run
+    assert (result.cancelled, result.cancel_reason) == (True, "enough")
+    assert approvals.pending_count == (1 if durable else 0)
+    if durable:
+        again = await start(graph_with(approvals))
+        await asyncio.sleep(0)
+        approvals.approve(request.id)
+        assert (await again).data("act") == 3, "the next run of that id found the question"
+
+
+async def test_a_stage_may_execute_tools_with_its_context() -> None:
+    registry = ToolRegistry()
+
+    @tool("add", registry=registry)
+    def add(call: ToolInput) -> int:
+        return int(call.payload["a"] + call.payload["b"])
+
+    executor = ToolExecutor(registry)
+    events: list[tuple[str, str | None, Any]] = []
+
+    class Sink:
+        def emit(self, event: Any) -> None:
+            if event.type.startswith("tool."):
+                events.append((event.type, event.stage, event.data["tool"]))
+
+    async def use(n: int, ctx: StageContext) -> int:
+        output = await executor.execute(ToolInput(tool_name="add", payload={"a": n, "b": 1}), ctx=ctx)
+        return int(output.data)
+
+    graph = PipelineBuilder("tools").stage("use", use).build()
+    async with Engine(event_sinks=[Sink()], processes=1) as engine:
+        result = await graph.execute(inputs={"n": 4}, engine=engine)
+    assert result.data("use") == 5
+    assert events == [(f"tool.{what}", "use", "add") for what in ("invoked", "started", "completed")]
