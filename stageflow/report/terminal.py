@@ -59,12 +59,12 @@ def size(value: float) -> str:
 
 
 def stage_table(stats: Iterable[StageStats]) -> Table:
-    """One row per stage: lane, items, how they ended, wall, CPU, bytes in and out, the longest wait and its reason."""
+    """One row per stage: lane, items, how they ended, wall, CPU, bytes in and out, wait per item and its reason."""
     from rich import box
     from rich.table import Table
 
     rows = list(stats)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True)
     table.add_column("lane", no_wrap=True)
     table.add_column("result", no_wrap=True)
@@ -108,11 +108,12 @@ def _outcome(row: StageStats) -> str:
 
 
 def waiting(row: StageStats) -> str:
-    """The longest wait of a stage and what for; the reasons add up over its items, so this may exceed the wall time."""
+    """How long an item waited on average, and for what most."""
+    items = max(row.items_in, 1)
     if not row.wait:
-        return seconds(row.queued_seconds)
+        return seconds(row.queued_seconds / items)
     reason, longest = max(row.wait.items(), key=lambda pair: pair[1])
-    return f"{seconds(longest)} {reason}" if longest >= 0.0005 else "-"
+    return f"{seconds(longest / items)} {reason}" if longest / items >= 0.00005 else "-"
 
 
 class CpuSplit(msgspec.Struct, frozen=True):

@@ -39,9 +39,12 @@ SHOP = """
             time.sleep(0.01)
         return "told"
 
-    def deaf(fifo: str) -> str:
-        with open(fifo, "w") as ready:
-            ready.write("ready")
+    def deaf(fifo: str, ctx) -> str:
+        for told in (False, True):
+            while told and not ctx.token.cancelled:
+                time.sleep(0.01)
+            with open(fifo, "w") as ready:
+                ready.write("ready")
         time.sleep(600)
 
     def first() -> str:
@@ -107,7 +110,7 @@ def test_a_failed_stage_is_named_with_its_line_and_no_traceback(folder):
     done = stageflow(folder, "run", "shop:divided", "-i", "count=0")
     assert done.returncode == 1
     assert "failed: stage 'divide', process lane: ZeroDivisionError: division by zero" in done.stderr
-    assert 'shop.py", line 17, in divide' in done.stderr
+    assert 'shop.py", line 16, in divide' in done.stderr
     assert "Traceback" not in done.stderr
     assert "failed in" in done.stdout
     whole = stageflow(folder, "run", "shop:divided", "-i", "count=0", "--traceback")
@@ -170,7 +173,7 @@ def test_plan_and_draw_look_without_running(folder):
     assert drawn.returncode == 0
     assert (folder / "shop.svg").read_text().startswith("<svg")
     assert "double" in stageflow(folder, "draw", "shop:graph").stdout
-    assert "graph" in stageflow(folder, "draw", "shop:graph", "-f", "mermaid").stdout
+    assert stageflow(folder, "draw", "shop:graph", "-f", "mermaid").stdout.startswith("flowchart")
 
 
 def start(folder, *args):
@@ -201,6 +204,7 @@ def test_a_second_signal_stops_at_once(folder):
     with start(folder, "run", "shop:stuck", "-i", "fifo=fifo") as process:
         until_ready(folder)
         process.send_signal(signal.SIGINT)
+        until_ready(folder)  # the stage has been told, and will not end by itself
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=4)  # the grace of one signal is 5 s
     assert process.returncode == 130

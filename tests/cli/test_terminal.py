@@ -15,7 +15,7 @@ ROWS = [
         stage="read", lane="thread", status="ok", items_in=1790, items_out=1790, wall_seconds=4.25, cpu_seconds=0.2
     ),
     StageStats(
-        stage="parse", lane="process", status="fail", items_in=9, failed=2, bytes_in=31_500_000, wait={"slot": 12.0}
+        stage="parse", lane="process", status="fail", items_in=9, failed=2, bytes_in=31_500_000, wait={"slot": 108.0}
     ),
     StageStats(stage="store", status="pending"),
 ]
@@ -58,7 +58,7 @@ def test_the_table_has_a_row_per_stage_and_no_escapes_in_a_pipe(monkeypatch):
 
 def test_a_wait_is_the_longest_with_its_reason():
     assert waiting(StageStats(stage="s", wait={"slot": 0.5, "bytes": 2.0})) == "2.0 s bytes"
-    assert waiting(StageStats(stage="s", queued_seconds=0.25)) == "250 ms"
+    assert waiting(StageStats(stage="s", items_in=10, queued_seconds=2.5)) == "250 ms"
     assert waiting(StageStats(stage="s", wait={"slot": 1e-9})) == "-"
 
 
