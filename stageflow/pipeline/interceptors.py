@@ -1,17 +1,17 @@
 """What may be wrapped around the attempts of a stage, as values; `stageflow.runtime.interceptors` applies them.
 
-An interceptor is a frozen value and keeps nothing itself: what it counts lives in `ctx.state`, one per run (or per engine), so
-that graphs stay re-entrant. It waits, logs and measures through its context, so it reads no clock of its own.
+An interceptor is a frozen value and keeps nothing itself: what it counts lives in `ctx.state`, one per run (or per
+engine), so that graphs stay re-entrant. It waits, logs and measures through its context and reads no clock of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from typing import Any, ClassVar, Final, Literal, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
-from stageflow.core.errors import CircuitOpenError, DefinitionError, InvariantError
+from stageflow.core.errors import CircuitOpenError, DefinitionError
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 
@@ -25,7 +25,7 @@ WARNING: Final = 30
 class Gate(Protocol):
     """Something one coroutine awaits and another opens."""
 
-    def __await__(self) -> Iterator[Any]: ...
+    def __await__(self) -> Generator[Any, Any, Any]: ...
 
     def done(self) -> bool:
         """True once opened, or once its waiter has gone."""
@@ -190,6 +190,9 @@ class TimeoutInterceptor(BaseInterceptor, frozen=True, kw_only=True):
         _positive("seconds", self.seconds)
 
 
+_COUNTED: Final = "counted"
+
+
 class _Breaker:
     __slots__ = ("failures", "open_until", "probing")
 
@@ -202,11 +205,13 @@ class _Breaker:
 class CircuitBreaker(BaseInterceptor, frozen=True, kw_only=True):
     """Refuses attempts after `threshold` failures in a row, for `cooldown` seconds; then lets one through to try.
 
-    A refusal is a failure (`CircuitOpenError`, retryable, with the seconds to wait) and changes nothing here. The trial's
-    success closes the circuit, its failure opens it for another cooldown. FAIL and RETRY count as failures; a cancelled
-    attempt counts as nothing. One breaker given to several stages is one circuit, shared by all runs of the engine.
+    A refusal is a failure (`CircuitOpenError`, retryable, with the seconds to wait) and changes nothing here. The
+    trial's success closes the circuit, its failure opens it for another cooldown. FAIL and RETRY count as failures; a
+    cancelled attempt counts as nothing. One breaker given to several stages is one circuit, shared by all runs of the
+    engine.
     """
 
+    priority: int = -20
     threshold: int = 5
     cooldown: float = 30.0
     scope: ClassVar[Scope] = "engine"
@@ -241,15 +246,23 @@ class CircuitBreaker(BaseInterceptor, frozen=True, kw_only=True):
         ctx.remember(self, trial)
         return None
 
+    def on_error(self, ctx: InterceptorContext, error: ErrorInfo) -> Any:
+        """Count the failure, even if another interceptor recovers from it."""
+        self._count(ctx, False)
+        ctx.remember(self, _COUNTED)
+        return None
+
     def after(self, ctx: InterceptorContext, output: Any) -> Any:
         """Count the outcome."""
-        if output.status is not StageStatus.CANCEL:
+        if ctx.memory.get(id(self)) is _COUNTED:
+            ctx.recall(self)
+        elif output.status is not StageStatus.CANCEL:
             self._count(ctx, output.status in (StageStatus.OK, StageStatus.SKIP))
         return output
 
     def leave(self, ctx: InterceptorContext) -> None:
         """A trial that came to nothing makes room for another."""
-        if ctx.recall(self, False):
+        if ctx.recall(self, False) is True:
             ctx.state(self, _Breaker, self.scope).probing = False
 
     def _count(self, ctx: InterceptorContext, success: bool) -> None:
@@ -312,7 +325,7 @@ class _Slots:
 
 
 class ConcurrencyLimit(BaseInterceptor, frozen=True, kw_only=True):
-    """At most `limit` attempts at once in a run; the others wait, in order. One value given to several stages is one limit."""
+    """At most `limit` attempts at once in a run, of all stages that have this very value; others wait, in order."""
 
     limit: int
 
@@ -476,7 +489,8 @@ class ContextSizeInterceptor(BaseInterceptor, frozen=True, kw_only=True):
 
     def after(self, ctx: InterceptorContext, output: Any) -> Any:
         """Record the size as an event."""
-        size = ctx.state(self, dict, self.scope).get(id(ctx.snapshot))
+        sizes: dict[int, int] = ctx.state(self, dict, self.scope)
+        size = sizes.get(id(ctx.snapshot))
         ctx.emit("context.size_recorded", {"stage": ctx.stage, "size_bytes": size})
         return output
 
@@ -500,10 +514,10 @@ def size_of(value: Any) -> int:
 
 
 def check_output(value: Any, who: Any) -> Any:
-    """What a hook returned, if it is an output. InvariantError of the interceptor otherwise."""
+    """What a hook returned, if it is an output. DefinitionError otherwise."""
     if isinstance(value, StageOutput) or (hasattr(value, "status") and hasattr(value, "materialise")):
         return value
-    raise InvariantError(
+    raise DefinitionError(
         f"interceptor {type(who).__name__} returned a {type(value).__name__} where a StageOutput was wanted",
         hint="`after` must return the output; `before` and `on_error` return a StageOutput or None",
     )

@@ -48,8 +48,8 @@ def test_keys_do_not_collide_where_joined_text_would():
 
 DISTINCT = [
     None, True, False, 1, 0, -1, 255, 256, 2**70, 1.0, 0.0, -0.0, "1", b"1", bytearray(b"1"), "", b"", (), [], {},
-    set(), frozenset(), [1], (1,), {1}, frozenset({1}), {"a": 1}, {"a": "1"}, {1: "a"}, [[1], 2], [1, [2]], [1, 2], [2, 1],
-    Color.RED, Color.BLUE, Doc(1), Doc(2), Doc(1, "x"), Point(1), Point(1, 1), datetime.date(2026, 1, 1),
+    set(), frozenset(), [1], (1,), {1}, frozenset({1}), {"a": 1}, {"a": "1"}, {1: "a"}, [[1], 2], [1, [2]], [1, 2],
+    [2, 1], Color.RED, Color.BLUE, Doc(1), Doc(2), Doc(1, "x"), Point(1), Point(1, 1), datetime.date(2026, 1, 1),
     datetime.datetime(2026, 1, 1), datetime.timedelta(1), decimal.Decimal("1"), decimal.Decimal("1.0"), 1j,
     np.zeros(2), np.zeros(2, "f4"), np.zeros((2, 1)), np.zeros((1, 2)), np.float64(1), Doc, Point, len, os,
     collections.OrderedDict(a=1), collections.Counter("a"), memoryview(b"1"), float("nan"), float("inf"), range(3),
