@@ -136,11 +136,11 @@ async def run_intercepted(
 ) -> StageOutput | LazyOutput:
     """The outcome of `attempt()` with the chain around it.
 
-    `before` runs from low to high priority; the first output it returns takes the attempt's place. `on_error` is asked in
-    the same order about a FAIL, and the first output recovers. `after` runs in reverse, for those that were entered,
-    whatever the outcome. `leave` runs last, in reverse, also when the attempt is cancelled. An exception of the attempt
-    or of a hook becomes a FAIL; cancellation passes through. The very object that `attempt` returned comes back if
-    nobody exchanged it, so that an output whose data nobody read is never decoded.
+    `before` runs from low to high priority; the first output it returns takes the attempt's place. `on_error` is
+    asked in the same order about a FAIL, and the first output recovers. `after` runs in reverse, for those that were
+    entered, whatever the outcome. `leave` runs last, in reverse, also when the attempt is cancelled. An exception of
+    the attempt or of a hook becomes a FAIL; cancellation passes through. The very object that `attempt` returned
+    comes back if nobody exchanged it, so that an output whose data nobody read is never decoded.
 
     `attempt` must stop its work when it is cancelled: that is how `TimeoutInterceptor` ends it (unless
     `enforce_timeout=False`, for a caller that applies `chain.timeout` itself).
