@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import gc
 import importlib
 import marshal
 import os
@@ -141,26 +142,30 @@ class Server:
             os.chdir(settings["cwd"])
         except OSError:
             pass
+        self.preload([*settings["own_modules"], *settings["preload"]])
+
+    def preload(self, names: list[str]) -> None:
+        """Import modules once for all workers forked from now on."""
         problems = []
-        for name in [*settings["own_modules"], *settings["preload"]]:
+        for name in names:
             if name in self.excluded or name in sys.modules:
                 continue
             before = thread_count()
             try:
                 importlib.import_module(name)
             except BaseException as error:
-                if name in settings["own_modules"]:
+                if name in self.settings["own_modules"]:
                     self.answer("broken", f"cannot import {name}: {traceback.format_exc()}")
                 problems.append((name, f"{type(error).__name__}: {error}"))
-            if thread_count() > before and not self.workers:
-                # A fork would copy locks those threads hold. Nothing was forked yet and the configuration is only peeked at, so
-                # a fresh image of this very process starts over, without the module.
+            if thread_count() > before:
+                # A fork would copy locks those threads hold.
                 self.answer("threads", name)
-                os.execv(sys.executable, [*settings["command"], *self.excluded, name])
+                if not self.configured:
+                    # Nothing was forked yet and the configuration is only peeked at, so a fresh image of this very process
+                    # starts over, without the module.
+                    os.execv(sys.executable, [*self.settings["command"], *self.excluded, name])
         if problems:
             self.answer("preload", problems)
-        import gc
-
         gc.collect()
         gc.freeze()
 
@@ -251,6 +256,8 @@ class Server:
             if not self.configured:
                 self.control.recv(1 << 18)  # only now: a re-exec reads it again
                 self.configured = True
+        elif request[0] == "preload":
+            self.preload(request[1])
         elif request[0] == "fork":
             self.fork(request[1], request[2], fds)
         return True

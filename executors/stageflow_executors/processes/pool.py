@@ -29,6 +29,7 @@ from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.death import describe
 from stageflow_executors.processes.payload import ParentMemory, ProcessPayload, encode
+from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.supply import WorkerHandle, WorkerSupply
 from stageflow_executors.shm import codec
 from stageflow_executors.shm.lease import ValueReader
@@ -39,6 +40,8 @@ START_WITHIN: Final = 60.0
 BATCH_NS: Final = 1_000_000  #: work per frame of short calls
 MAX_BATCH: Final = 64
 SHORT_NS: Final = 5_000_000  #: a function of `submit` that takes less is sent ahead of need
+_WORDS: Final = frozenset((type(None), bool, float))
+_I64: Final = 1 << 63
 _decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
 
 
@@ -68,7 +71,7 @@ class _Task:
 class _Lent:
     """A worker while this lane has it."""
 
-    __slots__ = ("death", "frames", "handle", "idle_timer", "next_frame", "outbox", "start_timer", "tasks", "writing")
+    __slots__ = ("death", "frames", "handle", "next_frame", "outbox", "start_timer", "tasks", "writing")
 
     def __init__(self, handle: WorkerHandle) -> None:
         self.handle = handle
@@ -77,7 +80,6 @@ class _Lent:
         self.next_frame = 0
         self.outbox: deque[tuple[bytes, list[int]]] = deque()
         self.writing = False
-        self.idle_timer: asyncio.TimerHandle | None = None
         self.start_timer: asyncio.TimerHandle | None = None
         self.death: asyncio.TimerHandle | None = None
 
@@ -129,6 +131,7 @@ class ProcessExecutor:
         self._queue: deque[_Task] = deque()
         self._lent: dict[int, _Lent] = {}
         self._idle: list[_Lent] = []
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._watching = -1
         self._asked = False
         self._closed = False
@@ -172,8 +175,10 @@ class ProcessExecutor:
             info = capture(error, lane=self.lane)
             loop.call_soon(self._finish, task, Outcome(call.id, OutcomeKind.REFUSED, error=info))
             return
-        if call.shipped.modules and not self.supply._configured:
-            self.supply.preload.extend(call.shipped.modules)
+        if call.shipped.modules:
+            self.supply.want_modules(call.shipped.modules)
+        if self.supply.shipping.used_cloudpickle:
+            self.supply.want_modules(("cloudpickle",))
         self._queue.append(task)
         self._dispatch()
 
@@ -234,6 +239,9 @@ class ProcessExecutor:
         self.supply.withdraw(self)
         for lent in list(self._lent.values()):
             self._release_worker(lent)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
         self._unwatch_control()
         if self in self.supply.lanes:
             self.supply.lanes.remove(self)
@@ -304,7 +312,7 @@ class ProcessExecutor:
             return known[0]
         if len(self._shipped_for) >= 1000:  # lambdas made in a loop
             self._shipped_for.pop(next(iter(self._shipped_for)))
-        shipped = Shipped(_Plain(fn), label=getattr(fn, "__qualname__", repr(fn)))
+        shipped = Shipped(Plain(fn), label=getattr(fn, "__qualname__", repr(fn)))
         self._shipped_for[id(fn)] = (shipped, fn)
         return shipped
 
@@ -312,15 +320,20 @@ class ProcessExecutor:
 
     def _prepare(self, task: _Task) -> None:
         call = task.call
-        self.supply.shipping.data(call.shipped)
+        if call.shipped.key not in self.supply.shipping.known:
+            self.supply.shipping.data(call.shipped)
         encoded = []
-        room = ch.MAX_MESSAGE - 1024
         for index, value in enumerate(call.args):
-            if type(value) is not ProcessPayload:
+            kind = type(value)
+            if kind in _WORDS or (kind is int and -_I64 <= value < _I64) or (kind is bytes and len(value) < 1024):
+                task.bytes_in += 8
+                encoded.append(value)
+                continue
+            if kind is not ProcessPayload:
                 try:
                     value = encode(self.supply, self._memory, value)
                 except StageflowError as error:
-                    _name_argument(error, index, plain=type(call.shipped.function) is _Plain)
+                    _name_argument(error, index, plain=type(call.shipped.function) is Plain)
                     raise
             elif value.blocks:
                 self.supply.books.lease(value.blocks)
@@ -328,7 +341,6 @@ class ProcessExecutor:
             if value.blocks:
                 task.payloads.append(value)
             task.bytes_in += value.nbytes
-            room -= value.inline
             encoded.append(value.encoded)
         message = [ch.TASK, call.id, call.shipped.key, int(call.writable), encoded]
         data = ch.encode_message(message)
@@ -400,9 +412,6 @@ class ProcessExecutor:
 
     def _send_tasks(self, lent: _Lent, batch: list[_Task]) -> None:
         handle = lent.handle
-        if lent.idle_timer is not None:
-            lent.idle_timer.cancel()
-            lent.idle_timer = None
         messages, fds = self._controls(lent)
         shipping = self.supply.shipping
         for task in batch:
@@ -561,16 +570,23 @@ class ProcessExecutor:
             return
         if lent.handle.number in self._lent and lent not in self._idle:
             self._idle.append(lent)
-        if lent.idle_timer is None:
-            if self.supply.waiting and self.supply.should_give_back(self):
-                self._release_worker(lent)
-            else:
-                lent.idle_timer = self._loop.call_later(GIVE_BACK_AFTER, self._give_back_idle, lent)
-
-    def _give_back_idle(self, lent: _Lent) -> None:
-        lent.idle_timer = None
-        if not lent.tasks and not lent.outbox and self._lent.get(lent.handle.number) is lent:
+        if self.supply.waiting and self.supply.should_give_back(self):
             self._release_worker(lent)
+            return
+        lent.handle.idle_since = time.monotonic()
+        if self._idle_timer is None:
+            self._idle_timer = self._loop.call_later(GIVE_BACK_AFTER, self._give_back_idle)
+
+    def _give_back_idle(self) -> None:
+        """One timer for the lane: a timer per call would cost more than the call's decoding."""
+        self._idle_timer = None
+        now = time.monotonic()
+        for lent in list(self._idle):
+            if self._lent.get(lent.handle.number) is lent and not lent.tasks and not lent.outbox:
+                if now - lent.handle.idle_since >= GIVE_BACK_AFTER * 0.9:
+                    self._release_worker(lent)
+                elif self._idle_timer is None and self._loop is not None:
+                    self._idle_timer = self._loop.call_later(GIVE_BACK_AFTER, self._give_back_idle)
 
     def _release_worker(self, lent: _Lent) -> None:
         """Take the readers off and hand it back to the supply."""
@@ -589,7 +605,7 @@ class ProcessExecutor:
         self._lent.pop(handle.number, None)
         if lent in self._idle:
             self._idle.remove(lent)
-        for timer in (lent.idle_timer, lent.start_timer, lent.death):
+        for timer in (lent.start_timer, lent.death):
             if timer is not None:
                 timer.cancel()
         if loop is not None and not loop.is_closed():
@@ -630,6 +646,8 @@ class ProcessExecutor:
                     break
                 frame, fds = received
                 self._frame(lent, frame, fds)
+                if not lent.tasks:
+                    break  # nothing more is due; a stray note wakes us again
         except ch.Closed:
             if self._loop is not None and channel.fileno() >= 0:
                 self._loop.remove_reader(channel.fileno())
@@ -1010,6 +1028,7 @@ class ProcessExecutor:
         return Outcome(
             task.call.id,
             kind,
+            meta={"progress": handle.page.progress()} if suspect else None,
             error=error,
             suspect=suspect and kind is OutcomeKind.LOST,
             worker_pid=handle.pid,
@@ -1047,16 +1066,3 @@ def _name_argument(error: StageflowError, index: int, *, plain: bool) -> None:
     error.message = error.message.replace(path, named, 1)
     error.args = (error.message,)
     error.__dict__["path"] = named
-
-
-class _Plain:
-    """Calls a function that knows nothing of ports: keywords first, because a call has only positional arguments."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, port: Any, keywords: dict[str, Any] | None, *args: Any) -> Any:
-        """Ignores the port."""
-        return self.function(*args, **keywords) if keywords else self.function(*args)

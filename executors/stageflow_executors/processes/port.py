@@ -1,4 +1,7 @@
-"""`ProcessPort`: what a running call may ask of its worker."""
+"""`ProcessPort`: what a running call may ask of its worker; `Plain`: a function that asks nothing.
+
+Loaded in workers: no asyncio.
+"""
 
 from __future__ import annotations
 
@@ -89,3 +92,16 @@ class ProcessPort:
     def close(self) -> None:
         """The call has ended."""
         self.closed = True
+
+
+class Plain:
+    """Calls a function that knows nothing of ports: keywords first, because a call has only positional arguments."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, port: Any, keywords: dict[str, Any] | None, *args: Any) -> Any:
+        """Ignores the port."""
+        return self.function(*args, **keywords) if keywords else self.function(*args)

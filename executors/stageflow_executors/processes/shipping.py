@@ -63,12 +63,14 @@ class Shipping:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._data: dict[int, bytes] = {}
+        #: encoded callables by key; reading needs no lock
+        self.known: dict[int, bytes] = {}
         self._importable: dict[str, bool] = {}
         self._bundle: dict[tuple[str, str], Any] = {}
         #: names of modules whose contents travel by value, as they appear in pickles
         self.by_value: tuple[bytes, ...] = (b"__main__",)
         self.version = 0
+        self.used_cloudpickle = False
         self.bundle_data = b""
 
     def importable(self, module: str) -> bool:
@@ -85,9 +87,9 @@ class Shipping:
     def data(self, shipped: Shipped) -> bytes:
         """What to send for `shipped`. Raises NotShippableError naming what cannot cross."""
         with self._lock:
-            data = self._data.get(shipped.key)
+            data = self.known.get(shipped.key)
             if data is None:
-                data = self._data[shipped.key] = self._dump(shipped.function, shipped.label)
+                data = self.known[shipped.key] = self._dump(shipped.function, shipped.label)
             return data
 
     def _dump(self, function: Any, label: str) -> bytes:
@@ -142,6 +144,7 @@ class Shipping:
         """(pickle by value, objects of by-value modules in it that have a global name)."""
         import cloudpickle
 
+        self.used_cloudpickle = True
         shipping = self
         found: list[Any] = []
 

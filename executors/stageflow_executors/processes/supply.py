@@ -189,6 +189,8 @@ class WorkerSupply:
         self._broken_at = 0.0
         self._failed_starts = 0
         self._configured = False
+        self._preload_later: list[str] = []
+        self._wanted: set[str] = set()
         self._numbers = 0
         self.oom_before = oom_kills()
         _all_supplies.add(self)
@@ -276,6 +278,14 @@ class WorkerSupply:
             "memfd": self.memfd,
             "argv": list(sys.argv),
         }
+
+    def want_modules(self, names: Iterable[str]) -> None:
+        """See that workers forked from now on have these modules already."""
+        fresh = [name for name in names if name not in self._wanted]
+        if fresh:
+            self._wanted.update(fresh)
+            found = [name for name in fresh if self.shipping.importable(name)]
+            (self._preload_later if self._configured else self.preload).extend(found)
 
     def _configure(self) -> None:
         assert self.control is not None
@@ -404,6 +414,10 @@ class WorkerSupply:
             try:
                 if not self._configured:
                     self._configure()
+                elif self._preload_later:
+                    self.control.sendall(marshal.dumps(("preload", self._preload_later)))
+                    self.preload += self._preload_later
+                    self._preload_later = []
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                 self.control.sendmsg([marshal.dumps(("fork", worker.number, extra))], rights)
                 return

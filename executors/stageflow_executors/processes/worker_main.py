@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -200,6 +201,10 @@ class Worker:
     def run(self) -> None:
         """Serve until the goodbye."""
         self.post([ch.READY])
+        if self.idle_timeout is not None:
+            seconds = max(self.idle_timeout, 0.001)
+            timeout = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+            self.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
         handlers = {
             ch.SHIP: self._ship,
             ch.MAIN: self._main,
@@ -209,14 +214,13 @@ class Worker:
         while True:
             if self.released:
                 self.flush()
-            if self.idle_timeout is not None and not self._wait(self.idle_timeout):
-                self.post([ch.BYE])
-                return
             try:
                 received = self.channel.receive(wait=True)
             except ch.Closed:
                 return
-            assert received is not None
+            if received is None:  # idle for so long that the socket's own timeout struck
+                self.post([ch.BYE])
+                return
             frame, fds = received
             messages = deque(ch.decode_frame(frame))
             while messages:
@@ -236,13 +240,6 @@ class Worker:
                     handlers[operation](message)
             if self.out:
                 self.flush()
-
-    def _wait(self, seconds: float) -> bool:
-        import select
-
-        poll = select.poll()
-        poll.register(self.channel.fileno(), select.POLLIN)
-        return bool(poll.poll(int(seconds * 1000)))
 
     def _big(self, ref: codec.Ref) -> list[Any]:
         reader = ValueReader(self.mappings, self.released.append)
@@ -345,13 +342,13 @@ class Worker:
         port.close()
         self.current = None
         end += (started, now - started, cpu)
-        self._restore()
         words[status.LAST_DONE] = call_id
         words[status.PHASE] = status.IDLE
         try:
             self.post(end, now=last)
         except (TypeError, ValueError, OverflowError, SharedMemoryFullError) as error:
             self.post([*self._failure(call_id, error, OutcomeKind.REFUSED), started, now - started, cpu], now=last)
+        capturing.restore_process()  # behind the report: the next call is read after it
 
     @staticmethod
     def _not_loaded(problem: BaseException | None) -> BaseException:
@@ -417,10 +414,6 @@ class Worker:
         finally:
             error.__traceback__ = None
         return [ch.FAILED, call_id, int(kind), data]
-
-    def _restore(self) -> None:
-        """Undo what a call did to the process as a whole."""
-        capturing.restore_process()
 
 
 class _Refused(Exception):

@@ -1,0 +1,524 @@
+"""Drop-in executors: `concurrent.futures` on the process lane's workers and shared memory, and on threads of our own.
+
+`ProcessPoolExecutor` runs the lane on a private loop in a thread of its own. Submitting threads put calls into a deque and wake that
+thread once per batch; short calls of one function travel many at a time. A lost worker costs the one future it concerns: its error
+is a `WorkerDiedError` and a `BrokenProcessPool`; the pool goes on.
+
+May import `stageflow.core` and `stageflow_executors` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import os
+import pickle
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.thread import BrokenThreadPool
+from typing import Any, Final
+
+from stageflow.core.errors import LaneClosedError, NotShippableError, WorkerDiedError
+from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
+from stageflow.core.failure import revive
+from stageflow.core.output import ErrorInfo
+from stageflow_executors import chunks
+from stageflow_executors.processes.pool import ProcessExecutor
+from stageflow_executors.processes.port import Plain
+from stageflow_executors.processes.supply import WorkerSupply
+
+MAX_CHUNK: Final = 512
+CHUNK_SECONDS: Final = 0.001
+Future = concurrent.futures.Future
+
+
+class LostWorkerError(WorkerDiedError, BrokenProcessPool):
+    """The worker that ran this call died. Old `except BrokenProcessPool` clauses catch it; the pool is not broken."""
+
+
+class BrokenInitializerError(BrokenProcessPool):
+    """No worker could be started, or its initializer raised."""
+
+
+class _Work:
+    """One submitted call."""
+
+    __slots__ = ("args", "fn", "future", "item", "kwargs")
+
+    def __init__(self, future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.future = future
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.item: chunks.Item | None = None
+
+
+class _Function:
+    """What is known of one submitted function."""
+
+    __slots__ = ("chunked", "fn", "plain", "seconds")
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        label = getattr(fn, "__qualname__", repr(fn))
+        self.chunked = Shipped(chunks.Chunk(fn), label=label)
+        self.plain = Shipped(Plain(fn), label=label)
+        self.seconds: float | None = None
+
+
+def _resolve(future: Future[Any], info: ErrorInfo) -> None:
+    error = revive(info)
+    if isinstance(error, WorkerDiedError):
+        lost = LostWorkerError(error.message, hint=error.hint, **error.fields)
+        lost.__cause__ = error.__cause__
+        error = lost
+    elif info.code == "SF-WORKER-START":
+        broken = BrokenInitializerError(str(error))
+        broken.__cause__ = error
+        error = broken
+    future.set_exception(error)
+
+
+class ProcessPoolExecutor(concurrent.futures.Executor):
+    """`concurrent.futures.ProcessPoolExecutor`, with workers that may die and arrays that cross without being copied.
+
+    `mp_context` is only asked for its start method: "spawn" starts workers by exec, anything else by our own fork server.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+    ) -> None:
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            if max_tasks_per_child <= 0:
+                raise ValueError("max_tasks_per_child must be >= 1")
+        method = mp_context.get_start_method() if mp_context is not None else None
+        self._supply = WorkerSupply(
+            max_workers,
+            start_method="spawn" if method == "spawn" else None,
+            max_tasks_per_child=max_tasks_per_child,
+            initializer=_dump_initializer(initializer, initargs),
+        )
+        self._max_workers = self._supply.max_workers
+        self._max_tasks_per_child = max_tasks_per_child
+        self._lock = threading.Lock()
+        self._waiting: deque[_Work] = deque()  # submitted, not yet assigned; appended to by any thread
+        self._retry: deque[_Work] = deque()  # were aboard a worker that died; they go first
+        self._awake = False
+        self._shutdown = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lane: ProcessExecutor | None = None
+        self._running = 0  # calls given to the lane
+        self._ids = itertools.count(1)
+        self._functions: dict[int, _Function] = {}
+        self._finished: asyncio.Event | None = None
+        _executors.add(self)
+
+    # ------------------------------------------------------------ any thread
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run `fn(*args, **kwargs)` in a worker."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._shutdown:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._waiting.append(_Work(future, fn, args, kwargs))
+            if self._awake:
+                return future
+            self._awake = True
+            if self._thread is None:
+                self._start_thread()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._drain)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """As the standard's. `buffersize` bounds how many results may wait to be taken; chunks are made by themselves."""
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        end = None if timeout is None else timeout + time.monotonic()
+        calls = zip(*iterables, strict=False)
+        first = calls if buffersize is None else itertools.islice(calls, buffersize)
+        futures = deque(self.submit(fn, *args) for args in first)
+        return self._results(futures, calls if buffersize is not None else iter(()), fn, end)
+
+    def _results(self, futures: deque[Future[Any]], rest: Iterator[Any], fn: Any, end: float | None) -> Iterator[Any]:
+        try:
+            while futures:
+                left = None if end is None else end - time.monotonic()
+                value = futures[0].result(left)
+                futures.popleft()
+                for args in itertools.islice(rest, 1):
+                    futures.append(self.submit(fn, *args))
+                yield value
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the standard's: no new calls; pending ones run unless `cancel_futures`. Idempotent, any thread."""
+        with self._lock:
+            self._shutdown = True
+            thread, loop = self._thread, self._loop
+            if cancel_futures:
+                dropped = list(self._waiting)
+                self._waiting.clear()
+            else:
+                dropped = []
+        for work in dropped:
+            if work.future.cancel():
+                work.future.set_running_or_notify_cancel()
+        if loop is not None and thread is not None and thread.is_alive():
+            try:
+                loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:
+                pass  # it has just ended
+            if wait and thread is not threading.current_thread():
+                thread.join()
+        elif thread is None:
+            self._supply.close()
+
+    # ------------------------------------------------------------ the loop's thread
+
+    def _start_thread(self) -> None:
+        """The lock is held."""
+        uvloop = sys.modules.get("uvloop")
+        self._loop = uvloop.new_event_loop() if uvloop is not None else asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="stageflow-futures", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        loop = self._loop
+        assert loop is not None
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        self._finished = asyncio.Event()
+        async with ProcessExecutor(supply=self._supply) as lane:
+            self._lane = lane
+            self._drain()
+            await self._finished.wait()
+        await asyncio.get_running_loop().run_in_executor(None, self._supply.close)
+
+    def _drain(self) -> None:
+        """Give the lane what it can take: twice its slots of chunks of short calls, its slots of others."""
+        lane = self._lane
+        if lane is None or self._finished is None:
+            return  # the lane is about to open, and looks then
+        with self._lock:
+            self._awake = False
+        while self._running < 2 * lane.slots:
+            work = self._next()
+            if work is None:
+                break
+            function = self._function(work.fn)
+            if self._running >= lane.slots and (function.seconds is None or function.seconds > 0.005):
+                self._retry.appendleft(work)
+                break
+            self._begin(lane, function, work)
+        if self._shutdown and not self._running and not self._waiting and not self._retry:
+            self._finished.set()
+
+    def _next(self) -> _Work | None:
+        """The next call that was not cancelled, marked as running."""
+        if self._retry:
+            return self._retry.popleft()
+        while self._waiting:
+            try:
+                work = self._waiting.popleft()
+            except IndexError:  # a shutdown cleared it
+                return None
+            if work.future.set_running_or_notify_cancel():
+                return work
+        return None
+
+    def _function(self, fn: Callable[..., Any]) -> _Function:
+        known = self._functions.get(id(fn))
+        if known is None or known.fn is not fn:
+            if len(self._functions) >= 1000:
+                self._functions.pop(next(iter(self._functions)))
+            known = self._functions[id(fn)] = _Function(fn)
+        return known
+
+    def _begin(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
+        self._running += 1
+        work.item = chunks.pack(work.args, work.kwargs)
+        if work.item is None:
+            self._start_one(lane, function, work)
+            return
+        batch = [work]
+        seconds = function.seconds
+        if seconds is not None and self._supply.max_tasks_per_child is None:
+            limit = min(MAX_CHUNK, int(CHUNK_SECONDS / max(seconds, 1e-7)), len(self._waiting) // (2 * lane.slots) + 1)
+            while len(batch) < limit:
+                other = self._next()
+                if other is None:
+                    break
+                if other.fn is not work.fn or (item := chunks.pack(other.args, other.kwargs)) is None:
+                    self._retry.append(other)
+                    break
+                other.item = item
+                batch.append(other)
+        short = seconds is not None and seconds * len(batch) < 0.005
+        call = Call(next(self._ids), function.chunked, ([w.item for w in batch],), short=short)
+        lane.start(call, lambda outcome: self._chunk_ended(function, batch, outcome))
+
+    def _start_one(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
+        call = Call(next(self._ids), function.plain, (work.kwargs or None, *work.args))
+        lane.start(call, lambda outcome: self._one_ended(work, outcome))
+
+    def _one_ended(self, work: _Work, outcome: Outcome) -> None:
+        self._running -= 1
+        if outcome.kind is OutcomeKind.OK:
+            self._set_payload(work.future, outcome.value)
+        elif outcome.error is None:
+            work.future.set_exception(LaneClosedError("the executor was closed before the call could finish"))
+        else:
+            _resolve(work.future, outcome.error)
+        self._drain()
+
+    @staticmethod
+    def _set_payload(future: Future[Any], payload: Any) -> None:
+        try:
+            value = payload.load() if payload is not None else None
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+    def _chunk_ended(self, function: _Function, batch: list[_Work], outcome: Outcome) -> None:
+        """A part of the results, or the end of the chunk."""
+        if outcome.kind is OutcomeKind.OK:
+            first: int = outcome.meta
+            if first < 0:
+                self._set_payload(batch[-1 - first].future, outcome.value)
+            else:
+                self._set_results(batch, first, outcome.value)
+            if outcome.final:
+                each = outcome.seconds / len(batch)
+                function.seconds = each if function.seconds is None else function.seconds * 0.7 + each * 0.3
+        elif outcome.kind is OutcomeKind.LOST and outcome.suspect:
+            # Results that were done but not yet told died with the worker: those calls run again, as those behind them.
+            running = min(int(outcome.meta["progress"][0]), len(batch) - 1) if outcome.meta else 0
+            for index, work in enumerate(batch):
+                if work.future.done():
+                    continue
+                if index == running and outcome.error is not None:
+                    _resolve(work.future, outcome.error)
+                else:
+                    self._retry.append(work)
+        elif outcome.error is not None:
+            self._chunk_failed(batch, outcome.error)
+        if outcome.final:
+            self._running -= 1
+            self._drain()
+
+    def _chunk_failed(self, batch: list[_Work], error: ErrorInfo) -> None:
+        """Could not be sent or decoded as a whole: each by itself, so that only the guilty fails."""
+        open_ = [work for work in batch if not work.future.done()]
+        if len(batch) == 1 or error.code == "SF-WORKER-START":
+            for work in open_:
+                _resolve(work.future, error)
+            return
+        lane = self._lane
+        assert lane is not None
+        for work in open_:
+            self._running += 1
+            self._start_one(lane, self._function(work.fn), work)
+
+    @staticmethod
+    def _set_results(batch: list[_Work], first: int, payload: Any) -> None:
+        results = payload.load() if payload is not None else ()
+        for index, result in enumerate(results, first):
+            future = batch[index].future
+            try:
+                succeeded, value = chunks.read(result)
+            except BaseException as error:
+                future.set_exception(error)
+                continue
+            if succeeded:
+                future.set_result(value)
+            else:
+                _resolve(future, value)
+
+
+def _dump_initializer(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> bytes | None:
+    if initializer is None:
+        return None
+    try:
+        data = pickle.dumps((initializer, initargs), 5)
+        if b"__main__" not in data and _importable(initializer):
+            return data
+    except Exception:
+        pass  # cloudpickle may do better
+    import cloudpickle
+
+    try:
+        by_value: bytes = cloudpickle.dumps((initializer, initargs), 5)
+    except Exception as error:
+        raise NotShippableError(f"the initializer cannot be sent to workers: {error}") from error
+    return by_value
+
+
+def _importable(function: Callable[..., object]) -> bool:
+    from stageflow_executors.processes.shipping import Shipping
+
+    return Shipping().importable(getattr(function, "__module__", None) or "builtins")
+
+
+class ThreadPoolExecutor(concurrent.futures.Executor):
+    """`concurrent.futures.ThreadPoolExecutor` with last-in-first-out reuse of idle threads, which keeps few of them warm."""
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        thread_name_prefix: str = "",
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+    ) -> None:
+        if max_workers is None:
+            max_workers = min(32, (os.cpu_count() or 1) + 4)
+        if max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        self._max_workers = max_workers
+        self._prefix = thread_name_prefix or f"ThreadPoolExecutor-{next(_thread_pools)}"
+        self._initializer = initializer
+        self._initargs = initargs
+        self._lock = threading.Lock()
+        self._work: deque[_Work] = deque()
+        self._idle: list[queue.SimpleQueue[_Work | None]] = []
+        self._threads: set[threading.Thread] = set()
+        self._broken: str | None = None
+        self._shutdown = False
+        _executors.add(self)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run `fn(*args, **kwargs)` in a thread."""
+        future: Future[Any] = Future()
+        work = _Work(future, fn, args, kwargs)
+        with self._lock:
+            if self._broken is not None:
+                raise BrokenThreadPool(self._broken)
+            if self._shutdown:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if self._idle:
+                self._idle.pop().put(work)
+                return future
+            self._work.append(work)
+            if len(self._threads) < self._max_workers:
+                name = f"{self._prefix}_{len(self._threads)}"
+                thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                self._threads.add(thread)
+                thread.start()
+        return future
+
+    def _serve(self) -> None:
+        if self._initializer is not None:
+            try:
+                self._initializer(*self._initargs)
+            except BaseException:
+                self._initializer_failed()
+                return
+        mailbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        while True:
+            work: _Work | None
+            with self._lock:
+                if self._work:
+                    work = self._work.popleft()
+                elif self._shutdown:
+                    return
+                else:
+                    self._idle.append(mailbox)
+                    work = None
+            if work is None:
+                work = mailbox.get()
+                if work is None:
+                    return
+            self._run(work)
+            del work
+
+    @staticmethod
+    def _run(work: _Work) -> None:
+        future = work.future
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = work.fn(*work.args, **work.kwargs)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _initializer_failed(self) -> None:
+        import logging
+
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        with self._lock:
+            self._broken = "A thread initializer failed, the thread pool is not usable anymore"
+            dropped, self._work = list(self._work), deque()
+        for work in dropped:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_exception(BrokenThreadPool(self._broken))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the standard's."""
+        with self._lock:
+            self._shutdown = True
+            dropped: list[_Work] = []
+            if cancel_futures:
+                dropped, self._work = list(self._work), deque()
+            idle, self._idle = self._idle, []
+            threads = list(self._threads)
+        for mailbox in idle:
+            mailbox.put(None)
+        for work in dropped:
+            if work.future.cancel():
+                work.future.set_running_or_notify_cancel()
+        if wait:
+            for thread in threads:
+                thread.join()
+
+
+_thread_pools = itertools.count()
+_executors: weakref.WeakSet[ProcessPoolExecutor | ThreadPoolExecutor] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    """At interpreter exit pending calls run to their end, as with the standard executors."""
+    for executor in list(_executors):
+        executor.shutdown(wait=True)
+
+
+# Before the interpreter joins its threads and forbids new ones, as concurrent.futures does it.
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
