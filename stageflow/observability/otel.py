@@ -53,7 +53,7 @@ class _Run:
         "started",
         "trace_id",
         "untold",
-    )  # fmt: skip
+    )
 
     def __init__(self, event: Event) -> None:
         self.data = event.data

@@ -26,6 +26,10 @@ _MAX_PIDS: Final = 256
 #: The ordinary life of a plain stage is kept as it came and folded when somebody reads (most runs are never asked for
 #: numbers): 0.1 us instead of 2 us per event. At this many they are folded anyway, so memory stays bounded.
 _LATE: Final = frozenset({names.STAGE_STARTED, names.STAGE_ATTEMPT, names.STAGE_COMPLETED})
+#: these touch no stage's counters, so what waits may go on waiting
+_APART: Final = frozenset(
+    {names.RUN_STARTED, names.RUN_COMPLETED, names.RUN_FAILED, names.RUN_CANCELLED, names.WORKER_STARTED}
+)
 _MAX_LATE: Final = 65_536
 
 
@@ -287,7 +291,7 @@ class StatsFold:
             return
         handler = self._handlers.get(event.type)
         if handler is not None:
-            if late:
+            if late and event.type not in _APART:
                 self._settle()
             handler(event)
 
