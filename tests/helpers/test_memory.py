@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageflow.context.identity import RunIdentity
@@ -90,6 +90,7 @@ def test_sqlite_survives_its_object(tmp_path: Path) -> None:
     assert ids(SQLiteMemoryStore(path).fetch("s")) == ["a"]
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(
     st.lists(st.tuples(st.sampled_from(["user", "system"]), st.integers(0, 80), st.integers(0, 30)), max_size=30),
     st.builds(

@@ -6,7 +6,7 @@ import pickle
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageflow.core.errors import DefinitionError
@@ -116,6 +116,7 @@ def test_naive_moments_get_the_default_zone_or_stay_naive() -> None:
     assert normalize_to_utc(NOON, timezone(timedelta(hours=2))) == NOON
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=-7)), timezone(timedelta(minutes=345))])))
 def test_what_is_written_is_read_back(moment: datetime) -> None:
     try:
@@ -125,6 +126,7 @@ def test_what_is_written_is_read_back(moment: datetime) -> None:
     assert parse_timestamp(written) == moment
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused_by_name(text: str) -> None:
     try:
@@ -136,6 +138,7 @@ def test_any_text_is_read_or_refused_by_name(text: str) -> None:
     assert said == text
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.decimals(min_value=-(10**10), max_value=10**10, places=6, allow_nan=False))
 def test_fractional_seconds_are_exact(value: object) -> None:
     read = from_unix(str(value))

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageflow.core.errors import DefinitionError
@@ -228,6 +228,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.lists(JSON, max_size=4))
 def test_whatever_a_model_writes_is_answered(calls: list[Any]) -> None:
     registry = ToolRegistry()
