@@ -7,7 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -253,20 +253,19 @@ def _search(folder: Path, query: str, *, as_json: bool) -> int:
     for hit in hits[:_MAX_HITS]:
         lines = ", ".join(map(str, hit.lines[:8])) + (", ..." if len(hit.lines) > 8 else "")
         out.print(f"  {hit.path}: {hit.count} on lines {lines}", soft_wrap=True)
-        for text in _quote(Path(searcher.catalogue.root, hit.path), hit.lines[:1]):
-            out.print(f"      {text}", style="dim", soft_wrap=True)
+        if text := _quote(Path(searcher.catalogue.root, hit.path), hit.best):
+            out.print(f"      {hit.best}: {text}", style="dim", soft_wrap=True)
     if len(hits) > _MAX_HITS:
         out.print(f"  ... and {len(hits) - _MAX_HITS} more (--json lists them)")
     return 0
 
 
-def _quote(path: Path, lines: Sequence[int]) -> list[str]:
-    """Those lines of a file, if it is still there."""
+def _quote(path: Path, line: int) -> str:
+    """That line of a file, if both are still there."""
     try:
-        text = path.read_text("utf-8", "replace").split("\n")
-    except OSError:
-        return []
-    return [text[line - 1].strip()[:100] for line in lines if line <= len(text)]
+        return path.read_text("utf-8", "replace").split("\n")[line - 1].strip()[:100]
+    except (OSError, IndexError):
+        return ""
 
 
 def _shown(path: Path) -> str:

@@ -13,6 +13,7 @@ import os
 import sys
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -40,11 +41,12 @@ class Catalogue(msgspec.Struct, frozen=True):
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """One module that holds every word of a query: how often in all, and on which lines (first ones first)."""
+    """One module that holds every word of a query: how often in all, on which lines, and the line that holds most."""
 
     path: str
     count: int
     lines: list[int]
+    best: int
 
 
 def add(index: Index, words: Words) -> Index:
@@ -126,18 +128,23 @@ class Searcher:
 
     def search(self, patterns: Iterable[str]) -> list[Hit]:
         """Modules that hold every pattern, those with the most occurrences first."""
-        found: dict[int, list[int]] | None = None
+        found: dict[int, Counter[int]] | None = None  # module -> line -> how many of the patterns stand there
+        count: Counter[int] = Counter()
         with (self._folder / "entries.bin").open("rb") as file:
             for pattern in patterns:
-                here: dict[int, list[int]] = {}
+                here: dict[int, Counter[int]] = {}
                 for row in self.matching(pattern):
                     file.seek(self._offsets[row])
                     for number, lines in unpack_entries(file.read(self._offsets[row + 1] - self._offsets[row])):
-                        here.setdefault(number, []).extend(lines)
+                        here.setdefault(number, Counter()).update(dict.fromkeys(lines, 1))
+                        count[number] += len(lines)
                 if found is None:
                     found = here
                 else:
                     found = {number: lines + here[number] for number, lines in found.items() if number in here}
         paths = {module.number: module.path for module in self.catalogue.modules}
-        hits = [Hit(paths[number], len(lines), sorted(set(lines))) for number, lines in (found or {}).items()]
+        hits = [
+            Hit(paths[number], count[number], sorted(lines), min(lines, key=lambda line: (-lines[line], line)))
+            for number, lines in (found or {}).items()
+        ]
         return sorted(hits, key=lambda hit: (-hit.count, hit.path))

@@ -34,14 +34,15 @@ def describe(name: str) -> dict[str, object] | None:
     found = installed().get(name)
     if found is None:
         return None
-    files = found.files or []
+    # The list of files as text: `found.files` makes an object of each, which takes ten times as long.
+    rows = [row.rsplit(",", 2) for row in (found.read_text("RECORD") or "").splitlines()]
     return {
         "name": name,
         "version": found.version,
         "summary": str(found.metadata["Summary"] or "") if "Summary" in found.metadata else "",
         "requires": len(found.requires or []),
-        "files": len(files),
-        "nbytes": sum(file.size or 0 for file in files),
+        "files": len(rows),
+        "nbytes": sum(int(row[2]) for row in rows if len(row) == 3 and row[2].isdigit()),
     }
 
 

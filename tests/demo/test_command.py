@@ -133,11 +133,11 @@ def test_without_httpx_the_stage_is_skipped_and_says_so(done, folder):
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory) -> Path:
-    """A tree that takes two workers a good second."""
+    """A tree that takes two workers a second."""
     folder = tmp_path_factory.mktemp("heavy")
     (folder / "tree").mkdir()
-    for number in range(60):
-        body = "".join(f"def fetch_{n}(url):\n    return [u for u in url if u and {n}] or None\n" for n in range(900))
+    for number in range(40):
+        body = "".join(f"def fetch_{n}(url):\n    return [u for u in url if u and {n}] or None\n" for n in range(500))
         (folder / "tree" / f"mod{number}.py").write_text(body)
     return folder
 
