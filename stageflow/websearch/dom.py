@@ -45,7 +45,7 @@ BLOCKS = (
 
 def collapse(text: str) -> str:
     """Runs of blanks and line ends as one blank, none at the ends."""
-    return SPACES.sub(" ", text).strip()
+    return " ".join(text.split())
 
 
 def parse_html(text: str, *, max_chars: int) -> Element | None:
@@ -116,6 +116,8 @@ _BLOCK_SET = frozenset(BLOCKS)
 
 def text_of(element: Element, skip: Container[Element] = frozenset(), *, limit: int | None = None) -> str:
     """The collapsed text inside `element`; reading stops soon after `limit` characters."""
+    if not len(element):  # most links and headings: no walk needed
+        return collapse(element.text or "")[:limit].rstrip() if element.tag not in NEVER_TEXT else ""
     if limit is None:
         return collapse("".join(pieces(element, skip)))
     parts: list[str] = []

@@ -206,7 +206,8 @@ class Writer:
     # ------------------------------------------------------------ inline text
 
     def _text(self, text: str) -> None:
-        self._push(SPACES.sub(" ", text))
+        # what is printable has no line ends; runs of blanks are collapsed when the block is written
+        self._push(text if text.isprintable() else SPACES.sub(" ", text))
 
     def _push(self, text: str) -> None:
         self._md.append(text)

@@ -19,6 +19,7 @@ _MAX_LENGTH = 65_536  # characters: longer ones are no links but payloads
 _CACHED_LENGTH = 1024
 _CONTROL = re.compile(r"[\t\n\r]")
 _BAD_HOST = re.compile(r"[\x00-\x20\x7f#%/<>?@\\^|`{}\[\]:]")
+_PLAIN = re.compile(r"[A-Za-z0-9\-._~/=&+,;:@!$'()*]*")  # nothing here is ever encoded or decoded
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _UNRESERVED = re.compile(r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -42,8 +43,9 @@ def parse(url: str) -> SplitResult | None:
         text = head.replace("\\", "/") + hash_mark + fragment + mark + tail
     try:
         parts = urlsplit(text)
-        _ = parts.port  # a port that is no number raises here
-        _ = parts.hostname
+        if parts.netloc:
+            _ = parts.port  # a port that is no number raises here
+            _ = parts.hostname
     except ValueError:
         return None
     return parts
@@ -81,6 +83,8 @@ def _ascii_host(host: str) -> str | None:
 
 def _clean(text: str, safe: str) -> str:
     """Percent-encode what must be, once; decode what never needs to be; upper-case the escapes that stay."""
+    if _PLAIN.fullmatch(text):
+        return text
     text = _PERCENT.sub("%25", text)
     quoted = quote(text, safe=safe, encoding="utf-8", errors="replace")
     plain = _UNRESERVED.sub(lambda match: chr(int(match[1], 16)), quoted)
@@ -94,15 +98,14 @@ def normalize(url: str, *, keep_fragment: bool = False) -> str | None:
     Equal spellings are equal resources (RFC 3986 section 6.2.2); the query is left in its order.
     """
     parts = parse(url)
-    if parts is None or parts.scheme not in WEB_SCHEMES or not parts.hostname:
+    if parts is None or parts.scheme not in WEB_SCHEMES:
         return None
-    host = _ascii_host(parts.hostname)
+    name, port = parts.hostname, parts.port
+    host = _ascii_host(name) if name else None
     if host is None:
         return None
-    netloc = host
-    if parts.port is not None and parts.port != _DEFAULT_PORT[parts.scheme]:
-        netloc = f"{host}:{parts.port}"
-    if parts.username is not None:
+    netloc = host if port is None or port == _DEFAULT_PORT[parts.scheme] else f"{host}:{port}"
+    if "@" in parts.netloc:
         credentials = parts.netloc.rpartition("@")[0]
         netloc = f"{quote(credentials, safe=':%!$&()*+,;=~-._')}@{netloc}"
     # urljoin against the root resolves the dot segments of an absolute path
@@ -132,7 +135,7 @@ def _join(base: str, href: str, keep_fragment: bool) -> str | None:
         return None
     if reference.scheme and not reference.netloc:
         return None  # "http:foo": legal once, today only a parser differential
-    start = parse(base)
+    start = _cached_parse(base) if len(base) <= _CACHED_LENGTH else parse(base)
     if start is None or (not reference.netloc and (start.scheme not in WEB_SCHEMES or not start.netloc)):
         return normalize(reference.geturl(), keep_fragment=keep_fragment) if reference.scheme else None
     if not reference.scheme and reference.netloc and start.scheme not in WEB_SCHEMES:
@@ -146,14 +149,22 @@ def _join(base: str, href: str, keep_fragment: bool) -> str | None:
 
 # Menus repeat on every page of a site; what is kept is bounded in number and in length.
 _cached_join = lru_cache(maxsize=8192)(_join)
+_cached_parse = lru_cache(maxsize=1024)(parse)
 
 
 def host_of(url: str) -> str:
     """The host, lower case, without port; "" when there is none."""
+    return _cached_host(url) if len(url) <= _CACHED_LENGTH else _host_of(url)
+
+
+def _host_of(url: str) -> str:
     parts = parse(url)
     if parts is None or not parts.hostname:
         return ""
     return (_ascii_host(parts.hostname) or "").strip("[]")
+
+
+_cached_host = lru_cache(maxsize=8192)(_host_of)
 
 
 def origin_of(url: str) -> str:
