@@ -56,7 +56,7 @@ def run(
             if result is None:
                 raise
         cpu = meter.split(result.stats)
-        views.finish(result)
+        views.finish()
     if as_json:
         sys.stdout.write(msgspec.json.encode(as_data(graph, result)).decode() + "\n")
     else:

@@ -2,39 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import click
 
 from stageflow.events.sinks import EventSink
 from stageflow.pipeline.graph import StageGraph
 
+#: seconds that the live page stays up after the run for a browser that looks at it
+_LINGER: Final = 3.0
+#: stages up to which the graph is drawn into a report; beyond, nobody can read it and drawing takes seconds
+_MAX_DRAWN: Final = 400
+
 
 def view_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--progress`: which views to attach."""
+    """`--progress --report --trace --metrics-port --ui`: which views to attach."""
     for option in (
-        click.option("--progress/--no-progress", default=None, help="Default: where standard error is a terminal."),
+        click.option("--ui", is_flag=True, help="Serve a live page on loopback; its address is printed."),
+        click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics on loopback."),
+        click.option("--trace", metavar="FILE", help="Write a Chrome trace (.json, .json.gz) for ui.perfetto.dev."),
+        click.option("--report", metavar="FILE", help="Write one HTML page about the run."),
+        progress_option,
     ):
         command = option(command)
     return command
 
 
+progress_option = click.option(
+    "--progress/--no-progress", default=None, help="Default: where standard error is a terminal."
+)
+
+
 class Views:
-    """The sinks of one run. Leaving it closes what is still open, whatever happened."""
+    """The sinks of one run, as a context manager: leaving it closes what is open, whatever happened."""
 
     def __init__(self) -> None:
         self.sinks: list[EventSink] = []
+        self._open = ExitStack()
+        self._progress: Any = None
+        self._report: Callable[[], None] | None = None
 
     @classmethod
     def from_options(cls, graph: StageGraph, options: dict[str, Any]) -> Self:
-        """Take our options out of `options`."""
-        options.pop("progress")
-        return cls()
+        """Take our options out of `options`. A file or port that cannot be had is a UsageError, before anything
+        runs."""
+        names = ("progress", "report", "trace", "metrics_port", "ui")
+        wanted = {name: options.pop(name) for name in names}
+        views = cls()
+        try:
+            views._attach(graph, wanted)
+        except BaseException:
+            views._open.close()
+            raise
+        return views
 
-    def finish(self, result: Any) -> None:
-        """The run has ended: write what is to be written."""
+    def _attach(self, graph: StageGraph, wanted: Mapping[str, Any]) -> None:
+        if wanted["progress"] or (wanted["progress"] is None and sys.stderr.isatty()):
+            self.show_progress()
+        drawing = graph.draw("svg") if (wanted["report"] or wanted["ui"]) and len(graph) <= _MAX_DRAWN else None
+        if wanted["report"]:
+            self._write_report(wanted["report"], drawing)
+        if wanted["trace"]:
+            from stageflow.observability.trace import TraceSink
+
+            _check_writable("--trace", wanted["trace"])
+            self.sinks.append(self._open.enter_context(closing(TraceSink(wanted["trace"]))))
+        if wanted["metrics_port"] is not None:
+            self._serve_metrics(wanted["metrics_port"])
+        if wanted["ui"]:
+            from stageflow.report.live import LivePage
+
+            page = LivePage(graph=drawing)
+            self._open.callback(page.close, linger=_LINGER)
+            self.sinks.append(page)
+            click.echo(f"live page: {page.url}", err=True)
+
+    def show_progress(self) -> None:
+        """Show the run on standard error."""
+        from stageflow.report.progress import ProgressSink
+
+        self._progress = self._open.enter_context(closing(ProgressSink()))
+        self.sinks.append(self._progress)
+
+    def _write_report(self, path: str, drawing: str | None) -> None:
+        from stageflow.report.fold import ReportFold
+        from stageflow.report.html import write_report
+
+        _check_writable("--report", path)
+        fold = ReportFold()
+        self.sinks.append(fold)
+
+        def write() -> None:
+            write_report(path, fold, graph=drawing)
+            click.echo(f"report: {path}", err=True)
+
+        self._report = write
+
+    def _serve_metrics(self, port: int) -> None:
+        from stageflow.observability.prometheus import MetricsServer, PrometheusSink
+
+        sink = PrometheusSink()
+        try:
+            server = MetricsServer(sink, port=port)
+        except OSError as error:
+            raise click.UsageError(f"--metrics-port {port} cannot be served: {error.strerror or error}") from error
+        self._open.enter_context(closing(server))
+        self.sinks.append(sink)
+        click.echo(f"metrics: {server.url}", err=True)
+
+    def finish(self) -> None:
+        """The run has ended: give the terminal back, and write what is to be written."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._report is not None:
+            self._report()
 
     def __enter__(self) -> Self:
         return self
@@ -42,4 +128,18 @@ class Views:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._open.close()
+
+
+def _check_writable(option: str, path: str) -> None:
+    """Say now, not after an hour of work, that a file cannot be written."""
+    target = Path(path)
+    existed = target.exists()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab"):
+            pass
+        if not existed:
+            target.unlink()
+    except OSError as error:
+        raise click.UsageError(f"{option} {path!r} cannot be written: {error.strerror or error}") from error

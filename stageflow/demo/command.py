@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
@@ -104,7 +104,7 @@ def demo(
 
 def _run(inputs: dict[str, str], processes: int | None, progress: bool | None, service_pid: int) -> Done:
     """One run on an engine of its own, measured from the first pull to the last byte written."""
-    options = {} if processes is None else {"processes": processes}
+    options: dict[str, Any] = {} if processes is None else {"processes": processes}
     with Engine(**options) as engine, _progress(progress) as sinks:
         meter = CpuMeter(without=[service_pid])
         began = time.perf_counter()
@@ -174,7 +174,14 @@ def _service() -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def _progress(wanted: bool | None) -> Iterator[list[Any]]:
-    yield []
+    """The sinks of a run: a view of its progress where there is a terminal, or where it was asked for."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield []
+        return
+    from stageflow.report.progress import ProgressSink
+
+    with closing(ProgressSink()) as sink:
+        yield [sink]
 
 
 def _print(done: Done, folder: Path) -> None:
