@@ -175,10 +175,6 @@ class ProcessExecutor:
             info = capture(error, lane=self.lane)
             loop.call_soon(self._finish, task, Outcome(call.id, OutcomeKind.REFUSED, error=info))
             return
-        if call.shipped.modules:
-            self.supply.want_modules(call.shipped.modules)
-        if self.supply.shipping.used_cloudpickle:
-            self.supply.want_modules(("cloudpickle",))
         self._queue.append(task)
         self._dispatch()
 
@@ -322,6 +318,7 @@ class ProcessExecutor:
         call = task.call
         if call.shipped.key not in self.supply.shipping.known:
             self.supply.shipping.data(call.shipped)
+            self.supply.want_modules(call.shipped)
         encoded = []
         for index, value in enumerate(call.args):
             kind = type(value)
@@ -968,6 +965,7 @@ class ProcessExecutor:
         if handle.pidfd >= 0:
             loop.remove_reader(handle.pidfd)
         loop.remove_reader(handle.channel.fileno())
+        loop.remove_reader(handle.output)  # at its end it would always be readable; what is left is read at the burial
         self._take_back(lent)
         if self.supply.poll_ended(handle):
             if lent.death is not None:

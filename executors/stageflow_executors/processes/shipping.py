@@ -70,7 +70,8 @@ class Shipping:
         #: names of modules whose contents travel by value, as they appear in pickles
         self.by_value: tuple[bytes, ...] = (b"__main__",)
         self.version = 0
-        self.used_cloudpickle = False
+        #: modules that shipped callables refer to by name, in the order met
+        self.modules: dict[str, None] = {}
         self.bundle_data = b""
 
     def importable(self, module: str) -> bool:
@@ -100,7 +101,13 @@ class Shipping:
             data = file.getvalue()
         except Exception:
             return self._dump_by_value(function, label)
-        local = [obj for obj in found if not self.importable(obj.__module__ or "builtins")]
+        local = []
+        for obj in found:
+            module = obj.__module__ or "builtins"
+            if not self.importable(module):
+                local.append(obj)
+            elif module not in self.modules:
+                self.modules[module] = None
         if local:
             self._add(local, label)
         return data
@@ -144,7 +151,7 @@ class Shipping:
         """(pickle by value, objects of by-value modules in it that have a global name)."""
         import cloudpickle
 
-        self.used_cloudpickle = True
+        self.modules["cloudpickle"] = None
         shipping = self
         found: list[Any] = []
 
@@ -152,7 +159,9 @@ class Shipping:
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, type | types.FunctionType):
                     module = obj.__module__ or "builtins"
-                    if not shipping.importable(module):
+                    if shipping.importable(module):
+                        shipping.modules[module] = None
+                    else:
                         top = getattr(sys.modules.get(module), obj.__qualname__.partition(".")[0], None)
                         if top is not None and "<locals>" not in obj.__qualname__:
                             found.append(obj)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from stageflow.core.errors import DefinitionError, WorkerStartError
+from stageflow.core.executor import Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.machine import THREAD_VARIABLES, oom_kills, usable_cores, usable_memory
@@ -153,7 +154,10 @@ class WorkerSupply:
         max_tasks_per_child: int | None = None,
         initializer: bytes | None = None,
         memfd: bool | None = None,
+        auto_preload: bool = True,
     ) -> None:
+        """`preload` names modules to import before the first fork; `auto_preload` adds those of every shipped callable."""
+        self.auto_preload = auto_preload
         self.max_workers = max_workers if max_workers is not None else usable_cores()
         if self.max_workers < 1:
             raise DefinitionError(f"max_workers must be at least 1, not {self.max_workers}")
@@ -279,13 +283,15 @@ class WorkerSupply:
             "argv": list(sys.argv),
         }
 
-    def want_modules(self, names: Iterable[str]) -> None:
-        """See that workers forked from now on have these modules already."""
+    def want_modules(self, shipped: Shipped) -> None:
+        """See that workers forked from now on have the modules of `shipped` already."""
+        names = [*shipped.modules, *self.shipping.modules] if self.auto_preload else []
         fresh = [name for name in names if name not in self._wanted]
         if fresh:
-            self._wanted.update(fresh)
-            found = [name for name in fresh if self.shipping.importable(name)]
-            (self._preload_later if self._configured else self.preload).extend(found)
+            with self.lock:
+                self._wanted.update(fresh)
+                found = [name for name in fresh if self.shipping.importable(name)]
+                (self._preload_later if self._configured else self.preload).extend(found)
 
     def _configure(self) -> None:
         assert self.control is not None

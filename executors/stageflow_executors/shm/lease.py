@@ -69,7 +69,9 @@ def export(memory: Any, address: int, start: int, nbytes: int, ended: Callable[.
         if _ndarray_exporter is None:
             # A class of its own: numpy shortens base chains, but never across types.
             _ndarray_exporter = type("Exporter", (numpy.ndarray,), {})
-        exporter = numpy.frombuffer(memory, numpy.uint8, nbytes, start).view(_ndarray_exporter)
+        # Its base is the mapping itself. With a plain array in between, `np.ndarray(buffer=view)` would keep that one instead:
+        # numpy looks through the memoryview, and then shortens past an exporter whose own base has the new array's type.
+        exporter = _ndarray_exporter((nbytes,), numpy.uint8, memory, start)
     else:
         exporter = (ctypes.c_char * nbytes).from_address(address + start)
         exporter.keeps = memory
