@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from stageflow.websearch.stages import CrawlSource as CrawlSource
     from stageflow.websearch.stages import ExtractStage as ExtractStage
     from stageflow.websearch.stages import FetchStage as FetchStage
+    from stageflow.websearch.stages import JournalSink as JournalSink
     from stageflow.websearch.urls import extract_domain as extract_domain
     from stageflow.websearch.urls import same_domain as same_domain
 
@@ -105,7 +106,7 @@ _NAMES = {
         *("extract_all_links", "extract_unique_links", "fetch_pages", "fetch_with_retry", "filter_relevant_pages"),
         *("map_site", "search_and_extract"),
     ),
-    "stages": ("CrawlSource", "ExtractStage", "FetchStage"),
+    "stages": ("CrawlSource", "ExtractStage", "FetchStage", "JournalSink"),
     "urls": ("extract_domain", "same_domain"),
 }
 _HOME = {name: f"stageflow.websearch.{module}" for module, names in _NAMES.items() for name in names}

@@ -150,7 +150,8 @@ def generated_site(site: Site, pages: int = 300) -> None:
         links = "".join(f'<a href="/p/{(number * 7 + step) % pages}.html">page {step}</a> ' for step in range(1, 11))
         return (
             f"<html><head><title>Page {number}</title></head><body><nav><a href='/'>home</a></nav>"
-            f"<main><h1>Page {number}</h1><p>The text of page {number}.</p>{links}</main></body></html>"
+            f"<main><h1>Page {number}</h1><p>The text of page {number}.</p>{links}</main>"
+            f"<div class=pagination><a href='/p/{(number + 1) % pages}.html'>next</a></div></body></html>"
         )
 
     traps = {
