@@ -748,6 +748,10 @@ class ProcessExecutor:
             books.lease(blocks)
         return ProcessPayload(books, encoded, nbytes, blocks, nbytes if not blocks else 64)
 
+    def _meta(self, encoded: Any) -> Any:
+        """What came beside a value, decoded at once: the engine reads it to decide what comes next."""
+        return None if encoded is None else self._value(encoded, 0).load()
+
     def _done(self, lent: _Lent, message: list[Any]) -> None:
         _, call_id, encoded, meta, has_value, nbytes, started, took, cpu = message
         task = lent.tasks.get(call_id)
@@ -764,7 +768,7 @@ class ProcessExecutor:
                 call_id,
                 OutcomeKind.OK,
                 value,
-                meta,
+                self._meta(meta),
                 worker_pid=lent.handle.pid,
                 started=started / 1e9,
                 seconds=took / 1e9,
@@ -780,7 +784,15 @@ class ProcessExecutor:
         if task is not None:
             value = self._value(encoded, nbytes) if has_value else None
             task.deliver(
-                Outcome(call_id, OutcomeKind.OK, value, meta, final=False, worker_pid=lent.handle.pid, bytes_out=nbytes)
+                Outcome(
+                    call_id,
+                    OutcomeKind.OK,
+                    value,
+                    self._meta(meta),
+                    final=False,
+                    worker_pid=lent.handle.pid,
+                    bytes_out=nbytes,
+                )
             )
 
     def _failed(self, lent: _Lent, message: list[Any]) -> None:

@@ -377,12 +377,13 @@ class Worker:
 
     def _result(self, operation: int, call_id: int, value: Any) -> list[Any]:
         meta = None
-        if type(value) is Reply:
-            meta = value.meta
-            if not value.has_value:
-                return [operation, call_id, None, meta, False, 0]
-            value = value.value
         try:
+            if type(value) is Reply:
+                if value.meta is not None:
+                    meta = codec.encode(value.meta, self.memory, self.threshold).encoded
+                if not value.has_value:
+                    return [operation, call_id, None, meta, False, 0]
+                value = value.value
             result = codec.encode(value, self.memory, self.threshold)
         except (NotShippableError, SharedMemoryFullError) as error:
             error.add_note("this is the result of the call; it had run to its end")
