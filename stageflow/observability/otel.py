@@ -25,6 +25,7 @@ from stageflow.context.tracing import parse_traceparent, span_id_of, trace_id_of
 from stageflow.core.errors import DefinitionError
 from stageflow.events import names
 from stageflow.events.event import Event
+from stageflow.observability.attempts import RetriedAttempts
 from stageflow.observability.attributes import AttributeValue, PipelineSpanAttributes, StageSpanAttributes
 from stageflow.observability.clock import ClockMap
 from stageflow.observability.otel_metrics import Instruments
@@ -110,6 +111,7 @@ class OtelSink:
         self._instruments = Instruments(meter_provider) if meter_provider is not None else None
         self._blocks = blocks
         self._runs: dict[str | None, _Run] = {}
+        self._attempts = RetriedAttempts()
         self.wants_spans = tracer_provider is not None
 
     # ------------------------------------------------------------ events
@@ -130,12 +132,12 @@ class OtelSink:
                 self._runs.pop(event.run_id, None)
             return
         run.fold.add(event)
+        retried = self._attempts.add(event)
+        if retried is not None:
+            self._attempt(run, retried, "retry")
         if type_ == names.STAGE_STARTED:
             if event.stage is not None and event.item is None:
                 run.stages.setdefault(event.stage, event.time_unix_ns)
-        elif type_ == names.STAGE_ATTEMPT:
-            if event.data.get("final") is False:
-                self._attempt(run, event, "retry")
         elif type_ == names.STAGE_ITEMS:
             self._block(run, event)
         elif type_ in names.STAGE_ENDED:

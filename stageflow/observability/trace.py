@@ -17,6 +17,7 @@ from stageflow.events import names
 from stageflow.events.catalogue import as_text, plain
 from stageflow.events.event import Event
 from stageflow.events.files import PieceWriter
+from stageflow.observability.attempts import RetriedAttempts
 from stageflow.observability.clock import ClockMap
 
 #: The engine's own "process" in the trace; workers appear under their real ids.
@@ -92,10 +93,10 @@ class TraceSink:
         self._workers: dict[int, _Tracks] = {}
         self._named: set[tuple[int, int]] = set()
         self._flow = 0
+        self._attempts = RetriedAttempts()
         self._handlers = {
             names.RUN_STARTED: self._run_started,
             names.STAGE_ITEMS: self._block,
-            names.STAGE_ATTEMPT: self._attempt,
             names.STAGE_COMPLETED: self._ended,
             names.STAGE_FAILED: self._failed,
             names.STAGE_RETRYING: self._mark,
@@ -128,10 +129,13 @@ class TraceSink:
         if event.type in names.RUN_ENDED:
             self._run_ended(event)
             return
+        retried = self._attempts.add(event)
+        if retried is not None:
+            self._retried(retried)
         handler = self._handlers.get(event.type)
         if handler is not None:
             handler(event)
-        elif event.type not in (names.STAGE_STARTED, names.STAGE_LOG, names.STAGE_PRINT):
+        elif event.type not in (names.STAGE_STARTED, names.STAGE_ATTEMPT, names.STAGE_LOG, names.STAGE_PRINT):
             self._mark(event)
 
     def close(self) -> None:
@@ -250,9 +254,9 @@ class TraceSink:
         if drawn is not None:
             self._arrows(event, drawn, lo, hi)
 
-    def _attempt(self, event: Event) -> None:
-        if event.data.get("final") is False:  # the last attempt is drawn when its stage ends
-            self._slice(event, f"{event.stage} attempt {event.attempt}", {"run": event.run_id, **_short(event)})
+    def _retried(self, event: Event) -> None:
+        """An attempt that was followed by another; the last one is drawn when its stage ends."""
+        self._slice(event, f"{event.stage} attempt {event.attempt}", {"run": event.run_id, **_short(event)})
 
     def _ended(self, event: Event) -> None:
         if event.item is not None or "items_in" in event.data:

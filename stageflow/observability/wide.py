@@ -17,6 +17,7 @@ from stageflow.events import names
 from stageflow.events.catalogue import PipelineWide, StageWide
 from stageflow.events.event import Event
 from stageflow.events.sinks import EventSink
+from stageflow.observability.attempts import RetriedAttempts
 from stageflow.observability.stats import StatsFold
 
 _IDS: Final = ("request_id", "session_id", "user_id", "org_id", "service", "execution_mode", "topology")
@@ -32,7 +33,7 @@ _STATUS: Final = {
 
 
 class _Run:
-    __slots__ = ("data", "error", "fold", "retry_told", "started_ns", "statuses")
+    __slots__ = ("attempts", "data", "error", "fold", "started_ns", "statuses")
 
     def __init__(self, event: Event) -> None:
         self.data = event.data
@@ -40,7 +41,7 @@ class _Run:
         self.fold = StatsFold(event.data.get("stages") or ())
         self.statuses: Counter[str] = Counter()
         self.error: str | None = None
-        self.retry_told: set[tuple[str | None, tuple[int, ...] | None]] = set()
+        self.attempts = RetriedAttempts()
 
     def ids(self) -> dict[str, Any]:
         """The identity fields every row of this run has."""
@@ -86,19 +87,12 @@ class WideEvents:
         if found is None:
             return
         found.fold.add(event)
-        if type_ in names.RUN_ENDED:
+        retried = found.attempts.add(event)
+        if retried is not None:
+            self._stage_row(found, retried, "retry")
+        elif type_ in names.RUN_ENDED:
             del self._runs[event.run_id]
             self._run_row(found, event)
-        elif type_ == names.STAGE_ATTEMPT:
-            # The last attempt's row comes with the event that ends the stage, which knows more.
-            if event.data.get("final") is False:
-                found.retry_told.add((event.stage, event.item))
-                self._stage_row(found, event, "retry")
-        elif type_ == names.STAGE_RETRYING:
-            if (event.stage, event.item) in found.retry_told:
-                found.retry_told.discard((event.stage, event.item))
-            else:
-                self._stage_row(found, event, "retry")
         elif type_ in names.STAGE_ENDED:
             if event.item is None:
                 found.statuses[_STATUS[type_]] += 1

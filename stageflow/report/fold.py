@@ -19,6 +19,7 @@ import msgspec
 from stageflow.events import names
 from stageflow.events.catalogue import as_text
 from stageflow.events.event import Event
+from stageflow.observability.attempts import RetriedAttempts
 from stageflow.observability.clock import ClockMap
 from stageflow.observability.stats import RunStats, StageStats, StatsFold
 
@@ -144,6 +145,7 @@ class ReportFold:
         self.environment = environment()
         self._saved = saved
         self._clock = ClockMap()
+        self._attempts = RetriedAttempts()
         self._sample_gap = 0.0
 
     # ------------------------------------------------------------ folding
@@ -158,15 +160,15 @@ class ReportFold:
         self.now_ns = max(self.now_ns, event.time_unix_ns)
         self.stats.add(event)
         type_ = event.type
+        retried = self._attempts.add(event)
+        if retried is not None:
+            self._interval(retried, 0)
         if type_ == names.STAGE_ITEMS:
             self._block(event)
         elif type_ == names.STAGE_COMPLETED:
             self._completed(event)
         elif type_ == names.STAGE_FAILED:
             self._failed(event)
-        elif type_ == names.STAGE_ATTEMPT:
-            if event.data.get("final") is False:
-                self._interval(event, 0)
         elif type_ == names.ENGINE_SAMPLE:
             self._sample(event)
         elif type_ == names.RUN_STARTED:
