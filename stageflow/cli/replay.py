@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import pdb
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import click
@@ -57,7 +57,7 @@ def replay(file: str, target: str | None, debug: bool) -> int:
         return 0
     print_failures(result, traceback=not debug)
     if debug and seen:
-        pdb.post_mortem(seen[-1].__traceback__)
+        import_module("pdb").post_mortem(seen[-1].__traceback__)
     return 1
 
 
@@ -88,8 +88,9 @@ def isolate(
             renames[binding.param] = graph.specs[binding.ref].name
         elif binding.source == "input":
             renames[binding.param] = str(binding.ref)
-    names = {*wanted, *([spec.over_input] if spec.over_input in given.values else [])}
-    for name in sorted(name for name in names if name is not None):
+    if spec.over_input is not None and spec.over_input in given.values:
+        wanted.append(spec.over_input)
+    for name in dict.fromkeys(wanted):
         builder.stage(name, functools.partial(_given, given.values[name]), kind=StageKind.WORK)
     builder.stage(spec.name, _watched(spec.runner, seen), wanted, kind=spec.kind, inputs=renames)
     inputs = given.snapshot if isinstance(given.snapshot, dict) else getattr(given.snapshot, "inputs", None) or {}
@@ -102,7 +103,7 @@ def _given(value: Any) -> Any:
 
 def _watched(runner: Any, seen: list[BaseException]) -> Any:
     """`runner`, noting what it raises: an exception that has become data has no frames to look into."""
-    made = runner() if inspect.isclass(runner) and hasattr(runner, "execute") else runner
+    made: Any = runner() if inspect.isclass(runner) and hasattr(runner, "execute") else runner
     if hasattr(made, "execute"):
         return _Watched(made, seen)
     return _noting(made, seen)

@@ -13,6 +13,7 @@ from stageflow.cli.loading import load_graph
 from stageflow.cli.options import as_config, engine_options, run_options, target_argument
 from stageflow.cli.show import as_data, print_result, stopped
 from stageflow.cli.views import Views, view_options
+from stageflow.report.failed import FailedInput
 from stageflow.report.terminal import CpuMeter
 
 
@@ -46,7 +47,7 @@ def run(
     """
     graph = load_graph(target)
     inputs = read_inputs(graph, pairs, input_file)
-    with Views.from_options(graph, options) as views:
+    with Views.from_options(graph, options, FailedInput(snapshot=inputs, target=target)) as views:
         meter = CpuMeter()
         try:
             result = graph.run(inputs, event_sinks=views.sinks, **as_config(options))

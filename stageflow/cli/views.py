@@ -13,6 +13,7 @@ import click
 
 from stageflow.events.sinks import EventSink
 from stageflow.pipeline.graph import StageGraph
+from stageflow.report.failed import FailedInput
 
 #: seconds that the live page stays up after the run for a browser that looks at it
 _LINGER: Final = 3.0
@@ -21,8 +22,9 @@ _MAX_DRAWN: Final = 400
 
 
 def view_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--progress --report --trace --metrics-port --ui`: which views to attach."""
+    """`--progress --report --trace --save-failed --metrics-port --ui`: which views to attach."""
     for option in (
+        click.option("--save-failed", metavar="DIR", help="Save each failure to a file, for `stageflow replay`."),
         click.option("--ui", is_flag=True, help="Serve a live page on loopback; its address is printed."),
         click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics on loopback."),
         click.option("--trace", metavar="FILE", help="Write a Chrome trace (.json, .json.gz) for ui.perfetto.dev."),
@@ -48,20 +50,22 @@ class Views:
         self._report: Callable[[], None] | None = None
 
     @classmethod
-    def from_options(cls, graph: StageGraph, options: dict[str, Any]) -> Self:
-        """Take our options out of `options`. A file or port that cannot be had is a UsageError, before anything
-        runs."""
-        names = ("progress", "report", "trace", "metrics_port", "ui")
+    def from_options(cls, graph: StageGraph, options: dict[str, Any], given: FailedInput) -> Self:
+        """Take our options out of `options`; what cannot be had (a file, a port) is a UsageError, before anything runs.
+
+        `given` is what is known of the input of any attempt of this run.
+        """
+        names = ("progress", "report", "trace", "save_failed", "metrics_port", "ui")
         wanted = {name: options.pop(name) for name in names}
         views = cls()
         try:
-            views._attach(graph, wanted)
+            views._attach(graph, wanted, given)
         except BaseException:
             views._open.close()
             raise
         return views
 
-    def _attach(self, graph: StageGraph, wanted: Mapping[str, Any]) -> None:
+    def _attach(self, graph: StageGraph, wanted: Mapping[str, Any], given: FailedInput) -> None:
         if wanted["progress"] or (wanted["progress"] is None and sys.stderr.isatty()):
             self.show_progress()
         drawing = graph.draw("svg") if (wanted["report"] or wanted["ui"]) and len(graph) <= _MAX_DRAWN else None
@@ -72,6 +76,11 @@ class Views:
 
             _check_writable("--trace", wanted["trace"])
             self.sinks.append(self._open.enter_context(closing(TraceSink(wanted["trace"]))))
+        if wanted["save_failed"]:
+            from stageflow.report.failed import FailedItemSink
+
+            _check_writable("--save-failed", str(Path(wanted["save_failed"], ".writable")))
+            self.sinks.append(FailedItemSink(wanted["save_failed"], fetch=lambda event: given))
         if wanted["metrics_port"] is not None:
             self._serve_metrics(wanted["metrics_port"])
         if wanted["ui"]:

@@ -1,0 +1,99 @@
+"""What can watch a run from the command line, and the replay of what failed."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+STAGEFLOW = [sys.executable, "-m", "stageflow.cli.main"]
+
+SHOP = """
+    from stageflow import PipelineBuilder
+
+    def load(count: int):
+        yield from range(count)
+
+    def double(load: int) -> int:
+        return 2 * load
+
+    def divide(count: int, by: int = 0) -> float:
+        return 10 / (count + by)
+
+    graph = PipelineBuilder("shop").stage("load", load).map("double", double, over="load").build()
+    divided = PipelineBuilder("divided").stage("divide", divide).build()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "shop.py").write_text(textwrap.dedent(SHOP))
+    return tmp_path
+
+
+def stageflow(folder, *args, text=None):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("STAGEFLOW_", "COLUMNS"))}
+    return subprocess.run(
+        [*STAGEFLOW, *args],
+        cwd=folder,
+        env=environment,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_every_view_at_once(folder):
+    done = stageflow(
+        folder,
+        *("run", "shop.py:graph", "-i", "count=30", "--progress", "--ui", "--metrics-port", "0"),
+        *("--report", "out/run.html", "--trace", "out/run.json.gz"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"live page: http://127\.0\.0\.1:\d+/\S{20,}/", done.stderr)
+    assert re.search(r"metrics: http://127\.0\.0\.1:\d+/metrics", done.stderr)
+    assert "double" in (folder / "out" / "run.html").read_text()
+    assert json.loads(gzip.decompress((folder / "out" / "run.json.gz").read_bytes()))
+    assert "double" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option", ["--report", "--trace", "--save-failed"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(folder, option):
+    done = stageflow(folder, "run", "shop.py:graph", "-i", "count=1", option, "shop.py/x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{option} 'shop.py/x" in done.stderr
+
+
+def test_a_failure_is_saved_and_replayed(folder):
+    done = stageflow(folder, "run", "shop.py:divided", "-i", "count=0", "--save-failed", "failed")
+    assert done.returncode == 1
+    (saved,) = (folder / "failed").rglob("*.sfail")
+    again = stageflow(folder, "replay", str(saved))
+    assert again.returncode == 1
+    assert "stage 'divide' failed with ZeroDivisionError: division by zero" in again.stderr
+    assert "in divide" in again.stderr
+    (folder / "shop.py").write_text(textwrap.dedent(SHOP).replace("by: int = 0", "by: int = 5"))
+    mended = stageflow(folder, "replay", str(saved))
+    assert (mended.returncode, mended.stdout) == (0, "it succeeds now: 2.0\n")
+
+
+def test_pdb_opens_where_it_failed(folder):
+    stageflow(folder, "run", "shop.py:divided", "-i", "count=0", "--save-failed", "failed")
+    (saved,) = (folder / "failed").rglob("*.sfail")
+    done = stageflow(folder, "replay", str(saved), "--pdb", text="p ('count', count)\nq\n")
+    assert "('count', 0)" in done.stdout
+
+
+def test_what_is_no_saved_failure_is_one_message(folder):
+    for name, message in (("gone.sfail", "cannot be read"), ("shop.py", "is not a saved failure")):
+        done = stageflow(folder, "replay", name)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
