@@ -3,7 +3,11 @@
 import asyncio
 import gc
 import pickle
+import signal
+import subprocess
+import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +228,61 @@ def test_stages_travel_between_processes(site: Site, tmp_path: Path) -> None:
         assert type(pickle.loads(pickle.dumps(made))) is type(made)
     page = pickle.loads(pickle.dumps(ExtractStage()))(FetchResult.from_text("<h1>x</h1>", url="http://a.test/"))
     assert page.markdown == "# x"
+
+
+CRAWLER = """
+import sys
+from stageflow import PipelineBuilder
+from stageflow.websearch import CrawlConfig, CrawlSource, ExtractStage, FetchConfig, FetchRetryConfig, JournalSink
+
+url, host = sys.argv[1:]
+out = open("pages.txt", "a")
+
+def write(page):
+    out.write(page.url + "\\n")
+    out.flush()
+
+config = FetchConfig(allow_hosts=(host,), retry=FetchRetryConfig(max_retries=0))
+rules = CrawlConfig(max_pages=500, max_depth=30, max_same_shape=200)
+graph = (
+    PipelineBuilder("interrupted")
+    .stage("found", CrawlSource(url, config, crawl=rules, journal="crawl.db"))
+    .map("page", ExtractStage(), "found")
+    .sink("keep", JournalSink("crawl.db", write), "page", concurrency=1)
+    .build()
+)
+if __name__ == "__main__":
+    graph.run(processes=1)
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGKILL"])
+def test_a_killed_crawl_neither_loses_nor_repeats_what_it_finished(
+    site: Site, tmp_path: Path, signal_name: str
+) -> None:
+    generated_site(site, 150)
+    script = tmp_path / "crawler.py"
+    script.write_text(CRAWLER)
+    command = [sys.executable, str(script), site.url + "/", f"127.0.0.1:{site.port}"]
+    pages = tmp_path / "pages.txt"
+    pause = threading.Event()
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    try:
+        while not pages.exists() or len(pages.read_text().splitlines()) < 40:
+            assert first.poll() is None, first.communicate()
+            pause.wait(0.01)
+        first.send_signal(getattr(signal, signal_name))
+        first.communicate(timeout=30)
+    finally:
+        first.kill()
+        first.communicate()
+    assert first.returncode != 0
+    with CrawlJournal(tmp_path / "crawl.db") as journal:
+        finished = [url for url, _, done in journal.entries() if done]
+    assert len(finished) < 150
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=50)
+    written = Counter(pages.read_text().splitlines())
+    assert {f"{site.url}/p/{n}.html" for n in range(150)} <= written.keys()
+    assert all(written[url] <= 1 for url in finished)
+    # killed between writing a page and noting it, that one page comes again
+    assert sum(written.values()) - len(written) <= (1 if signal_name == "SIGKILL" else 0)
