@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from types import CoroutineType, GeneratorType
 from typing import Any, Final
 
 from stageflow.core.errors import LaneClosedError
@@ -19,6 +20,7 @@ from stageflow.core.executor import Call, Deliver, Reply, Shipped
 from stageflow_executors.local import LocalLane, LocalPort
 
 #: a task factory breaks uvloop; constructing the task does not
+_monotonic = time.monotonic
 _EAGER: Final = sys.version_info >= (3, 12)
 
 
@@ -64,30 +66,32 @@ class AsyncExecutor(LocalLane):
 
     async def _run(self, port: LocalPort) -> None:
         call = port.call
-        port.started = started = time.monotonic()
+        port.started = started = _monotonic()
         try:
             result = call.shipped.function(port, *call.args)
-            if inspect.isawaitable(result):
+            kind = type(result)
+            if kind is CoroutineType or (kind is not Reply and inspect.isawaitable(result)):
                 result = await result
-            if inspect.isgenerator(result):
-                last: Reply | None = None
-                for reply in result:
-                    if last is not None and not port.done:
-                        port.deliver(port.part(last))
-                    last = reply
-                result = last
-            outcome = port.ok(result, time.monotonic() - started)
-        except asyncio.CancelledError as error:
-            outcome = port.failed(error, time.monotonic() - started)
-        except (KeyboardInterrupt, SystemExit) as error:
-            outcome = port.failed(error, time.monotonic() - started)
-        except Exception as error:
-            outcome = port.failed(error, time.monotonic() - started)
-        self._tasks.pop(call.id, None)
-        self._ports.pop(call.id, None)
+            if type(result) is GeneratorType:
+                result = self._parts(port, result)
+            outcome = port.ok(result, _monotonic() - started)
+        except BaseException as error:
+            outcome = port.failed(error, _monotonic() - started)
+        id = call.id
+        self._tasks.pop(id, None)
+        del self._ports[id]
         if not port.done:
             port.done = True
             port.deliver(outcome)
+
+    def _parts(self, port: LocalPort, replies: Any) -> Any:
+        """Deliver all but the last part; the last is the call's result."""
+        last: Any = None
+        for reply in replies:
+            if last is not None and not port.done:
+                port.deliver(port.part(last))
+            last = reply
+        return last
 
     def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
         """Cancel the call's task."""
@@ -99,7 +103,6 @@ class AsyncExecutor(LocalLane):
             task.cancel(reason)
         if force and not port.done:
             port.done = True
-            self._ports.pop(call_id, None)
             port.deliver(port.cancelled_outcome({"abandoned": True}))
 
     async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +169,7 @@ class InlineExecutor(LocalLane):
                     port.on_cancel(lambda inner=inner: inner.cancel())  # type: ignore[misc]
                     result = await inner
                 if inspect.isgenerator(result):
-                    last: Reply | None = None
+                    last: Any = None
                     for reply in result:
                         if last is not None:
                             port.deliver(port.part(last))

@@ -15,6 +15,17 @@ from stageflow.core.errors import StageCancelledError
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply
 from stageflow.core.failure import capture
 
+_pid = os.getpid()
+
+
+def _forked() -> None:
+    global _pid
+    _pid = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
 
 class LocalPort:
     """The `WorkerPort` of one call in this process."""
@@ -35,7 +46,7 @@ class LocalPort:
     @property
     def worker_pid(self) -> int:
         """This process."""
-        return os.getpid()
+        return _pid
 
     def cancelled(self) -> bool:
         """True once the call was asked to stop."""
@@ -66,8 +77,8 @@ class LocalPort:
         if self._callbacks is None:
             self._callbacks = []
         self._callbacks.append(callback)
-        if self._reason is not None:  # asked between the look and the append
-            self.ask_to_stop(self._reason)
+        if self.cancelled():  # asked between the look and the append, by another thread
+            self.ask_to_stop(self.cancel_reason() or "")
 
     def ask_to_stop(self, reason: str) -> None:
         """Set the flag (the first reason stays) and run the callbacks, each once."""
@@ -87,7 +98,7 @@ class LocalPort:
             reply.value,
             reply.meta,
             final=False,
-            worker_pid=os.getpid(),
+            worker_pid=_pid,
             started=self.started,
             seconds=seconds,
         )
@@ -103,7 +114,8 @@ class LocalPort:
             OutcomeKind.OK,
             value,
             meta,
-            worker_pid=os.getpid(),
+            True,
+            worker_pid=_pid,
             started=self.started,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
@@ -116,9 +128,9 @@ class LocalPort:
         return Outcome(
             self.call.id,
             OutcomeKind.CANCELLED if cancelled else OutcomeKind.ERROR,
-            error=capture(error, lane=self.lane, worker_pid=os.getpid(), keep_pickle=False, skip_frames=1),
+            error=capture(error, lane=self.lane, worker_pid=_pid, keep_pickle=False, skip_frames=1),
             exception=error,
-            worker_pid=os.getpid(),
+            worker_pid=_pid,
             started=self.started,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
@@ -131,7 +143,7 @@ class LocalPort:
             self.call.id,
             OutcomeKind.CANCELLED,
             meta=meta,
-            worker_pid=os.getpid(),
+            worker_pid=_pid,
             started=started,
             seconds=time.monotonic() - started if started else 0.0,
         )

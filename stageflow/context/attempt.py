@@ -116,6 +116,8 @@ class CallPlan:
     def arguments(self, values: tuple[Any, ...], ctx: Any, element: Any) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments; an absent value leaves its parameter to the default."""
         args: list[Any] = []
+        if not self.positional and not self.keywords:
+            return args, {}
         for kind, slot in self.positional:
             if kind == "value":
                 value = values[slot]
@@ -255,6 +257,12 @@ class Program:
     async def run_async(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> Any:
         """One attempt on the caller's loop. A synchronous runner is called inline."""
         plan = self.plan
+        if not plan.wants_ctx:
+            args, kwargs = plan.arguments(values, None, None)
+            result = self.target()(*args, **kwargs)
+            if self.is_async or inspect.isawaitable(result):
+                result = await result
+            return result if result is None and self.contract is None else self.reply(result, None)
         ctx = self.context(port, header, snapshot, values) if plan.wants_ctx else None
         args, kwargs = plan.arguments(values, ctx, None)
         try:
@@ -296,7 +304,7 @@ class Program:
             return
         checker = self._checker
         if checker is None:
-            from stageflow.contracts import compile_contract
+            from stageflow.contracts.checker import compile_contract
 
             checker = self._checker = compile_contract(self.contract)
         checker.check(value, stage=self.name)

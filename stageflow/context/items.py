@@ -291,6 +291,7 @@ class ItemProgram(Program):
         if len(values) != len(indices):
             raise ValueError(f"stage {self.name!r} got a batch of {len(indices)} and returned {len(values)} values")
         part = _Part(self, pieces[0], 0)
+        part.whole = False  # several pieces: survivors are listed from the first on
         for value, index, path in zip(values, indices, paths, strict=True):
             part.take(value, index, path, None)
         survivors = set(part.survivors)

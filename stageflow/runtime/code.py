@@ -33,7 +33,7 @@ class StageCode:
         self.sources = sources
         self.passes_snapshot = program.plan.wants_ctx
         self.shipped = Shipped(program, label=program.name, modules=modules)
-        self.shipped_async = Shipped(program.run_async, label=program.name)  # type: ignore[attr-defined]
+        self.shipped_async = Shipped(program.run_async, label=program.name)
 
 
 class GraphCode:
@@ -116,7 +116,7 @@ class GraphCode:
             elif binding.source == "acc":
                 continue
             elif binding.source == "stage" and binding.ref in columns:
-                kind, where = "element", columns[binding.ref]  # type: ignore[index]
+                kind, where = "element", columns[binding.ref]
             elif binding.source in ("stage", "input"):
                 kind = "nullable" if binding.nullable and not binding.has_default else "value"
                 where = slot(binding.ref, binding.param)  # type: ignore[arg-type]

@@ -76,8 +76,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         _check_count("poison_limit", self.poison_limit)
         if self.start_method is not None and self.start_method not in _START_METHODS:
             raise _wrong("start_method", self.start_method, "'forkserver' or 'spawn'")
-        if not isinstance(self.grace, int | float) or isinstance(self.grace, bool) or self.grace < 0:
-            raise _wrong("grace", self.grace, "seconds, 0 or more")
+        grace: Any = self.grace  # a frozen Struct checks no types: anything may be in it
+        if not isinstance(grace, int | float) or isinstance(grace, bool) or grace < 0:
+            raise _wrong("grace", grace, "seconds, 0 or more")
         if self.lane is not None:
             _check_lane("lane", self.lane)
         for kind, lane in self.placement.items():
@@ -94,8 +95,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             parse_size(limit)
         if self.worker_memory_limit is not None:
             parse_size(self.worker_memory_limit)
-        if not isinstance(self.event_sinks, tuple):
-            msgspec.structs.force_setattr(self, "event_sinks", tuple(self.event_sinks))
+        msgspec.structs.force_setattr(self, "event_sinks", tuple(self.event_sinks))
 
     @classmethod
     def make(cls, **fields: Any) -> EngineConfig:

@@ -21,7 +21,7 @@ import msgspec
 from stageflow.context.attempt import ABSENT, Header
 from stageflow.context.items import Done, ItemFailure, Piece, mask_from_wire
 from stageflow.core.errors import InvariantError, StageflowError
-from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind
+from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Payload
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageKind, StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
@@ -96,6 +96,8 @@ class Driver:
         self._next_run = 0
         self._next_handle = 0
         self._seq = 0
+        self._payload_types: dict[type, bool] = {}
+        self._deliver_attempt = self._attempt_outcome
         for executor in self.executors.values():
             self._listen(executor)
         self._perform: dict[type, Callable[[Any], None]] = {
@@ -218,7 +220,7 @@ class Driver:
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
-            running = None  # type: ignore[assignment]
+            running = None
         if running is self.loop:
             self.cancel(job, reason)
             return
@@ -244,6 +246,8 @@ class Driver:
         self._event(kind, job, None, None, None, None, data)
         if job.unlink is not None:
             job.unlink()
+        if self.policies is not None:
+            self.policies.forget(job.run_id)
         if job.parent is not None:
             job.parent.children.discard(job.id)
         job.book.handles.clear()
@@ -266,6 +270,8 @@ class Driver:
     # ------------------------------------------------------------ starting attempts
 
     def _header(self, job: Job, action: Any, spec: Any, item: tuple[int, ...] | None = None) -> Header:
+        if job.header is not None and action.attempt == 1 and spec.policies is DEFAULT_POLICIES and not job.book.ends:
+            return job.header  # nothing about this attempt is special
         failed: tuple[str, ...] = ()
         skipped: tuple[str, ...] = ()
         if job.book.ends:
@@ -300,12 +306,14 @@ class Driver:
     def _values(self, job: Job, sources: tuple[int | str, ...], lane: str, executor: Executor | None) -> list[Any]:
         """The values of a call's slots, in the form the lane takes them."""
         found: list[Any] = []
+        if not sources:
+            return found
         book = job.book
         inputs = job.snapshot.inputs
         crosses = lane == "process"
         for source in sources:
             if isinstance(source, str):
-                found.append(inputs[source] if source in inputs else ABSENT)
+                found.append(inputs.get(source, ABSENT))
                 continue
             if book.graph.streams[source]:
                 found.append(book.sequence(source) if source not in book.ends or source in book.kept else ABSENT)
@@ -355,7 +363,7 @@ class Driver:
                 (header, snapshot, *values),
                 action.short,
                 action.alone,
-                bool(policies.writable),
+                policies.writable,
             )
         except Exception as error:
             self._refuse(running, error)
@@ -363,14 +371,40 @@ class Driver:
         if policies is not DEFAULT_POLICIES and self.policies is not None and self.policies.wanted(policies):
             self.policies.around(self, running, call, spec)
         else:
-            executor.start(call, self._attempt_outcome)
+            executor.start(call, self._deliver_attempt)
 
     def _refuse(self, running: Running, error: BaseException) -> None:
         """A call could not even be made: that is its outcome."""
         outcome = Outcome(running.action.task, OutcomeKind.ERROR, error=capture(error), exception=error)
-        self.loop.call_soon(self._any_outcome, outcome)
+        self.loop.call_soon(self.outcome, outcome)
 
-    def _any_outcome(self, outcome: Outcome) -> None:
+    def is_payload(self, value: Any) -> bool:
+        """Whether a value is one that an executor holds in encoded form."""
+        kind = type(value)
+        known = self._payload_types.get(kind)
+        if known is None:
+            known = self._payload_types[kind] = isinstance(value, Payload)
+        return known
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait on the driver's clock."""
+        future: asyncio.Future[None] = self.loop.create_future()
+        handle = self.clock.call_at(
+            self.loop, self.clock.monotonic() + seconds, lambda: None if future.done() else future.set_result(None)
+        )
+        try:
+            await future
+        finally:
+            handle.cancel()
+
+    def event(self, type: str, running: Running, data: dict[str, Any], item: tuple[int, ...] | None = None) -> None:
+        """Send an event of an attempt to the sinks."""
+        action = running.action
+        name = running.job.graph.specs[action.stage].name
+        self._event(type, running.job, name, item, action.attempt, action.lane, data)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Take the outcome of any call."""
         running = self.running.get(outcome.call_id)
         if running is None:
             return
@@ -406,7 +440,10 @@ class Driver:
         except Exception as error:
             self._refuse(running, error)
             return
-        executor.start(call, self._block_outcome)
+        if self.policies is not None and self.policies.wanted(spec.policies):
+            self.policies.around(self, running, call, spec)
+        else:
+            executor.start(call, self._block_outcome)
 
     def _pieces(self, job: Job, segments: Any, first: int, lane: str) -> tuple[tuple[Piece, ...], list[Any]]:
         """Segments as a call carries them: each list of values once, addressed by its place among the arguments."""
@@ -466,11 +503,17 @@ class Driver:
         running = self.running.pop(outcome.call_id, None)
         if running is None:
             return
-        self.signal(self._ended(running, outcome))
+        self._signals.append(self._ended(running, outcome))
+        if self._scheduled or self._turning:
+            return
+        if not self.running:
+            self.turn()  # nothing else could come in beside it: a chain needs no second turn of the loop
+        else:
+            self._scheduled = True
+            self.loop.call_soon(self.turn)
 
     def _ended(self, running: Running, outcome: Outcome) -> sig.AttemptEnded:
         job, action = running.job, running.action
-        stage = action.stage
         ended = sig.AttemptEnded(
             action.task,
             seconds=outcome.seconds,
@@ -496,7 +539,7 @@ class Driver:
         self, job: Job, action: Any, ended: sig.AttemptEnded, outcome: Outcome, meta: StageOutput | None
     ) -> None:
         stage = action.stage
-        encoded = action.lane == "process" and outcome.value is not None
+        encoded = action.lane == "process" and self.is_payload(outcome.value)
         value = outcome.value
         ended.nbytes = outcome.bytes_out
         spec = job.graph.specs[stage]
@@ -523,7 +566,7 @@ class Driver:
         ended.reason = meta.skip_reason or meta.cancel_reason or meta.error
         ended.retryable = meta.retryable
         data = outcome.value
-        if action.lane == "process" and data is not None:
+        if self.is_payload(data):
             data = data.load()
         if meta.status in (StageStatus.FAIL, StageStatus.RETRY):
             info = meta.error_info or ErrorInfo(
@@ -662,7 +705,7 @@ class Driver:
 
     def _hold(self, job: Job, lane: str, outcome: Outcome) -> tuple[int, int]:
         self._next_handle = handle = self._next_handle + 1
-        if lane == "process":
+        if self.is_payload(outcome.value):
             nbytes = outcome.bytes_out
             job.book.hold(handle, Values(None, outcome.value, nbytes))
         else:
@@ -716,7 +759,7 @@ class Driver:
         )
         if outcome.kind == OutcomeKind.OK:
             self._next_handle = ended.handle = self._next_handle + 1
-            if action.lane == "process" and outcome.value is not None:
+            if self.is_payload(outcome.value):
                 ended.nbytes = outcome.bytes_out
                 job.book.hold(ended.handle, Values(None, outcome.value, outcome.bytes_out))
             else:
@@ -892,7 +935,7 @@ class Driver:
             origin = f"input {spec.over_input!r}"
         if hasattr(value, "__aiter__"):
             return TaskSource(lambda: (value, None), arrived, ended, self.loop)
-        if isinstance(value, Mapping) or isinstance(value, set | frozenset):
+        if isinstance(value, Mapping | set | frozenset):
             value = list(value)
         if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | bytes):
             return SequenceSource(value, arrived, ended, self.loop)
@@ -900,7 +943,7 @@ class Driver:
             from stageflow.core.errors import DefinitionError
 
             raise DefinitionError(
-                f"stage {spec.name!r} goes over {origin}, which is {type(value).__name__} and not a sequence of elements",
+                f"stage {spec.name!r} goes over {origin}, which is {type(value).__name__} and no sequence of elements",
                 hint="return a list (or a generator), or use `.stage` instead of `.map`",
             )
         if job.code.lanes[stage] == "inline":
@@ -943,29 +986,33 @@ class Driver:
         job = self.jobs[action.run]
         stage = action.stage
         type_, data = action.type, action.data
-        name = job.graph.specs[stage].name if stage >= 0 else None
-        lane = job.code.lanes[stage] if stage >= 0 else None
-        if type_ == "run.started":
-            data = self._run_data(job)
-        elif type_ == "stage.failed":
-            data = self._book_failure(job, name or "", action)
+        if stage < 0:
+            self._event(type_, job, None, None, None, None, self._run_data(job) if type_ == "run.started" else data)
+            return
+        name = job.graph.specs[stage].name
+        if type_ != "stage.completed" or "items_in" in data:
+            data = self._book_end(job, name, action)
+        self._event(type_, job, name, action.item, action.attempt, job.code.lanes[stage], data)
+
+    def _book_end(self, job: Job, name: str, action: act.Emit) -> dict[str, Any]:
+        """Note in the run's book how a stage ended; what the event says."""
+        stage, type_, data = action.stage, action.type, action.data
+        book = job.book
+        if type_ == "stage.failed":
+            data = self._book_failure(job, name, action)
         elif type_ == "stage.skipped":
-            if stage not in job.book.ends:
-                job.book.end(stage, StageOutput.skip(data["reason"]))
+            if stage not in book.ends:
+                book.end(stage, StageOutput.skip(data["reason"]))
         elif type_ == "stage.cancelled":
-            if stage not in job.book.ends:
-                job.book.end(stage, StageOutput.cancel(data.get("reason") or "cancelled"))
-        elif type_ == "stage.completed" and "items_in" in data:
+            if stage not in book.ends:
+                book.end(stage, StageOutput.cancel(data.get("reason") or "cancelled"))
+        elif type_ == "stage.completed":
             if job.graph.specs[stage].role != Role.REDUCE:
-                job.book.end(
-                    stage,
-                    StageOutput(
-                        metadata={"items": data["emitted"], "dropped": data["dropped"], "failed": data["failed"]}
-                    ),
-                )
-        elif type_ in ("stage.retrying",) and action.item is None:
-            job.book.ends.pop(stage, None)
-        self._event(type_, job, name, action.item, action.attempt, lane, data)
+                counts = {"items": data["emitted"], "dropped": data["dropped"], "failed": data["failed"]}
+                book.end(stage, StageOutput(metadata=counts))
+        elif type_ == "stage.retrying" and action.item is None:
+            book.ends.pop(stage, None)
+        return data
 
     def _book_failure(self, job: Job, name: str, action: act.Emit) -> dict[str, Any]:
         info: ErrorInfo = action.data["error_info"]

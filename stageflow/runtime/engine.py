@@ -376,11 +376,11 @@ class Engine:
         **options: Any,
     ) -> RunResult:
         """Run `graph` once and block. In the main thread Ctrl-C drains the run within the grace and raises
-        KeyboardInterrupt with the
-        result as its `result`; a second one stops at once."""
+        KeyboardInterrupt with the result as its `result`; a second one stops at once."""
         _no_running_loop("run", "result = await graph.execute(inputs=...)")
         chosen = RunOptions.make(_only_run_keys(options))
-        return self._on_own_loop(self._run(graph, inputs, snapshot, chosen))
+        result: RunResult = self._on_own_loop(self._run(graph, inputs, snapshot, chosen))
+        return result
 
     async def _run(
         self, graph: StageGraph, inputs: Mapping[str, Any] | None, snapshot: ContextSnapshot | None, options: RunOptions

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
+from stageflow.context.attempt import Header
 from stageflow.context.cancellation import CancellationToken
 from stageflow.context.identity import RunIdentity
 from stageflow.context.snapshot import ContextSnapshot
@@ -40,6 +41,7 @@ class Job:
         "failures",
         "finished",
         "graph",
+        "header",
         "id",
         "identity",
         "index",
@@ -80,6 +82,7 @@ class Job:
         self.identity: RunIdentity = snapshot.run_id
         self.run_id = run_id
         self.book = Book(graph)
+        self.header = Header(run_id) if depth == 0 else None  # of every attempt of which nothing is special
         self.sinks = sinks
         self.index = index
         self.depth = depth

@@ -65,7 +65,7 @@ class FailureSummary(msgspec.Struct, frozen=True, kw_only=True):
     def __len__(self) -> int:
         return len(self.failures)
 
-    def __iter__(self) -> Iterator[FailureRecord]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[FailureRecord]:
         return iter(self.failures)
 
     def to_dict(self) -> dict[str, Any]:

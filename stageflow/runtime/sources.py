@@ -169,7 +169,7 @@ class ThreadSource:
                 break
             items.append(item)
             nbytes += sized(item)
-            if self._stopped or nbytes > CHUNK_BYTES or time.perf_counter() - started > CHUNK_SECONDS:
+            if nbytes > CHUNK_BYTES or time.perf_counter() - started > CHUNK_SECONDS:
                 break
         with self._turn:
             self._credit -= len(items)

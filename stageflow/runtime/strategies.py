@@ -118,7 +118,7 @@ def _judge(
     state = Attempt(error if error is not None else RuntimeError("failed"), attempt, seconds, idle)
     on = retry.retry_on
     if on is not None:
-        if isinstance(on, tuple) or isinstance(on, type):
+        if isinstance(on, tuple | type):
             again = _matches(on if isinstance(on, tuple) else (on,), error, info)
         elif hasattr(on, "__module__") and type(on).__module__.startswith("tenacity"):
             again = bool(on(state))

@@ -18,10 +18,13 @@ class Task:
     __slots__ = (
         "accumulators",
         "attempt",
+        "begun",
+        "deadline",
         "id",
         "items",
         "job",
         "lane",
+        "limit",
         "node",
         "reported",
         "run",
@@ -48,6 +51,9 @@ class Task:
         self.node: Any = None
         self.accumulators: tuple[int, ...] = ()
         self.timer = 0
+        self.begun = 0.0  # when it was handed to its lane
+        self.deadline: float | None = None  # of the stage in total, all attempts and waits
+        self.limit = 0.0  # the time that was used up, in seconds
         self.stopping: str | None = None  # "timeout" or the reason of a cancel
         self.tokens: dict[str, tuple[int, ...]] | None = None
         self.since = 0.0
@@ -118,7 +124,7 @@ class Run:
         self.timers: dict[int, Callable[[sig.TimerDue, float], None]] = {}
         self.retry_timers = 0
         self.tries: dict[int, int] = {}
-        self.deaths: dict[int, int] = {}
+        self.deaths: dict[Any, int] = {}
         self.previous_delay: dict[Any, float] = {}
         self.first_start: dict[Any, float] = {}
         self.decisions: dict[int, tuple[str, ...]] = {}

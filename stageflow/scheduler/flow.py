@@ -100,6 +100,9 @@ class FlowRules:
         for source in run.sources:
             if not source.flowing or source.pull_open or source.ended or source.stopped:
                 continue
+            if source.is_source and source.readers and not source.keeps and all(map(_gone, source.readers)):
+                self._stop_source(run, source, "nobody reads it any more", now)
+                continue
             count = self._appetite(run, source)
             if count > 0:
                 self._pull(run, source, count, now)
@@ -114,6 +117,8 @@ class FlowRules:
         else:
             wanted = MOST_PULLED
             for reader in readers:
+                if reader is not source and _gone(reader):
+                    continue
                 slots = self.lanes[run.layout.lanes[reader.stage]].slots
                 most = slots * (2 * reader.block_size(slots, MAX_BLOCK) if reader.can_block else 2)
                 if reader.batch:
@@ -147,6 +152,19 @@ class FlowRules:
         source.granted = count
         run.pulling += 1
         self._out.append(act.PullSource(run.id, source.stage, count))
+
+    def _stop_source(self: Machine, run: Run, source: Stream, reason: str, now: float) -> None:
+        """Nothing more is wanted of a source or of a value that is laid out; SourceEnded follows if it was begun."""
+        source.stopped = True
+        if source.started_at >= 0:
+            run.pulling += 0 if source.pull_open else 1
+            source.pull_open = True
+            self._out.append(act.StopSource(run.id, source.stage, reason))
+        elif source.is_source:
+            self._stream_over(run, source, now)
+        else:
+            source.in_total = source.arrived
+            self._input_complete(run, source, now)
 
     def _force_pull(self: Machine, run: Run, now: float) -> bool:
         """Nothing runs and nothing is blocked: a source that is still open must give its next item."""
@@ -221,12 +239,10 @@ class FlowRules:
                 self._stream_over(run, stream, now)
         else:
             stream.stopped = True  # nothing more to lay out
+            stream.in_total = stream.arrived
             if signal.status == "error":
-                stream.ended = True
-                self._fail_stage(run, stream.stage, signal.error or ErrorInfo(type="Exception", message="failed"), now)
-            else:
-                stream.in_total = stream.arrived
-                self._input_complete(run, stream, now)
+                self._fail_stream(run, stream, signal.error or _no_reason(), now, shed=False)
+            self._input_complete(run, stream, now)
         self._settle_ended(now)
 
     # ------------------------------------------------------------ passing on
@@ -252,6 +268,8 @@ class FlowRules:
             segment = Segment(lo, hi, mask, columns, now)
             if reader.join is None:
                 self._accept(run, reader, segment, now)
+            elif reader.ended:
+                self._used(run, columns, there)
             else:
                 elements = run.layout.elements[reader.stage]
                 if chunk is None:
@@ -269,7 +287,9 @@ class FlowRules:
         if stream.ended:
             self._used(run, segment.columns, segment.count())
             return
-        if stream.fold is not None:
+        if stream.shedding:
+            self._shed_segment(run, stream, segment, now)
+        elif stream.fold is not None:
             before = len(stream.fold.jobs)
             stream.fold.add(segment)
             stream.ready_count += segment.count()
@@ -280,7 +300,7 @@ class FlowRules:
             for ordered in stream.batch_frontier.take(_end):
                 self._in_order(run, stream, ordered, now)  # type: ignore[arg-type]
         elif segment.mask == 0:
-            self._finished(run, stream, segment.lo, segment.hi, 0, None, 0, now)
+            self._empty(run, stream, segment.lo, segment.hi, now)
         else:
             stream.push(segment)
             self._offer(run, stream, now)
@@ -290,7 +310,7 @@ class FlowRules:
     def _in_order(self: Machine, run: Run, stream: Stream, segment: Segment, now: float) -> None:
         """The next items of a stage that takes them in order: batches, ordered sinks, chained folds."""
         if segment.mask == 0:
-            self._finished(run, stream, segment.lo, segment.hi, 0, None, 0, now)
+            self._empty(run, stream, segment.lo, segment.hi, now)
             return
         if not stream.batch:
             stream.push(segment)
@@ -325,20 +345,29 @@ class FlowRules:
     def _upstream_over(self: Machine, run: Run, stage: int, producer: int, now: float) -> None:
         """A stream that this stage reads has ended."""
         stream = run.streams[stage]
+        if stream.ended or run.state[stage] >= ENDED:
+            return
         at = run.state[producer]
+        culprit = producer if at == _S.FAILED else run.blocked_by.get(producer)
+        if culprit is not None and self._mode(run, culprit) == "best_effort":
+            culprit = None
         if at in (_S.DONE, _S.FAILED):
             if stream.in_total < 0:
                 stream.in_total = run.streams[producer].out_next
-            self._input_complete(run, stream, now)
-            return
-        if not stream.ended and run.state[stage] in (_S.WAITING, _S.FLOWING):
-            stream.ended = True
-            culprit = run.blocked_by.get(producer)
-            reason = f"all dependencies were skipped ({run.layout.name(producer)})"
-            if culprit is not None:
-                run.blocked_by[stage] = culprit
-                reason = f"upstream_failed: {run.layout.name(culprit)}"
-            self._skip(run, stage, reason)
+            # one that has begun finishes what came before the failure; what needs it as a whole is skipped
+            begun = stream.arrived > 0 and run.state[stage] == _S.FLOWING
+            if culprit is None or (begun and run.layout.roles[stage] != Role.REDUCE):
+                if culprit is not None:
+                    run.blocked_by[stage] = culprit
+                    run.plain = False
+                self._input_complete(run, stream, now)
+                return
+        self._let_go(run, stream)
+        reason = f"all dependencies were skipped ({run.layout.name(producer)})"
+        if culprit is not None:
+            run.blocked_by[stage] = culprit
+            reason = f"upstream_failed: {run.layout.name(culprit)}"
+        self._skip(run, stage, reason)
 
     def _input_complete(self: Machine, run: Run, stream: Stream, now: float) -> None:
         """The length of the input is known: close what waits for more."""
@@ -361,7 +390,7 @@ class FlowRules:
         """Put the stage into its lane's queue if it has something to run."""
         if not stream.flowing or stream.queued or stream.blocked or stream.ended or run.ending is not None:
             return
-        if stream.serial and stream.running:
+        if stream.serial and (stream.running or stream.delayed or stream.delayed_folds):
             return
         if not stream.ready and not stream.jobs and not (stream.fold is not None and stream.fold.jobs):
             return
@@ -444,7 +473,7 @@ class FlowRules:
         segments: list[Segment] = []
         while stream.ready and size > 0:
             head = stream.ready[0][2]
-            plain = head.attempt == 1 and head.deaths == 0
+            plain = head.attempt == 1 and head.deaths == 0 and not head.apart
             if segments and not plain:
                 break
             segment = stream.pop()
@@ -468,6 +497,7 @@ class FlowRules:
         task.segments = segments
         task.items = sum(segment.count() for segment in segments)
         task.since = segments[0].since if segments else now
+        task.begun = now
         stream.running += max(1, task.items)
         lane.used += 1
         run.running += 1
@@ -477,7 +507,10 @@ class FlowRules:
         if policies is not DEFAULT_POLICIES:
             if run.layout.limited[stream.stage]:
                 task.tokens = self.admission.take(run.layout.key, stream.stage, policies, now)
-            if policies.timeout is not None:
+            if policies.total_timeout is not None:
+                begun = run.first_start.get((stream.stage, segments[0].lo), now) if segments else now
+                task.deadline = begun + policies.total_timeout
+            if policies.timeout is not None or task.deadline is not None:
                 self._arm_timeout(task, policies.timeout, now)
         return task
 
@@ -495,12 +528,14 @@ class FlowRules:
             stream.running -= max(1, task.items)
         chunk = None
         if signal.handle:
-            chunk = Chunk(signal.handle, 0, signal.nbytes)
+            chunk = Chunk(signal.handle, 1, signal.nbytes)  # held until all its ranges are given away
             self._account(run, signal.nbytes)
         if signal.done.ranges:
             self._take_ranges(run, task, stream, signal, chunk, now)
-        if chunk is not None and chunk.left <= 0:
-            self._free(run, chunk)
+        if chunk is not None:
+            chunk.left -= 1
+            if chunk.left <= 0:
+                self._free(run, chunk)
         if run.ending is None and signal.final:
             self._block_ended(run, task, stream, signal, now)
         if run.ending is None:
@@ -539,7 +574,8 @@ class FlowRules:
                 here = stop - start if part_mask < 0 else part_mask.bit_count()
                 self._consume(run, task, start, stop)
                 if stream.flow_frontier is not None:
-                    total = self._take_counts(counted, task, start, stop)
+                    without = sum(1 for index in lost if start <= index < stop)
+                    total = self._take_counts(counted, task, start, stop, without)
                     self._hold(run, stream, start, stop, chunk, at, total, now)
                     at += total
                 else:
@@ -573,11 +609,11 @@ class FlowRules:
                 total += segment.cut(start, stop).count()
         return total
 
-    def _take_counts(self: Machine, counts: list[int] | None, task: Task, lo: int, hi: int) -> int:
-        """Items that the inputs in [lo, hi) gave."""
+    def _take_counts(self: Machine, counts: list[int] | None, task: Task, lo: int, hi: int, without: int) -> int:
+        """Items that the inputs in [lo, hi) gave; `without` of them failed and have no count."""
         if counts is None:
             return 0
-        wanted = self._asked(task, lo, hi)
+        wanted = self._asked(task, lo, hi) - without
         taken, counts[:] = counts[:wanted], counts[wanted:]
         return sum(taken)
 
@@ -611,8 +647,6 @@ class FlowRules:
         stream.out_next = max(stream.out_next, hi)
         if stream.readers or (chunk is not None and stream.keeps):
             self._give(run, stream, lo, hi, mask, chunk, at, now)
-        if mask == 0:
-            self._maybe_over(run, stream, now)
 
     def _consume(self: Machine, run: Run, task: Task, lo: int, hi: int) -> None:
         """The inputs in [lo, hi) are not needed by this stage any more."""
@@ -622,6 +656,9 @@ class FlowRules:
             if start < stop:
                 part = segment.cut(start, stop)
                 self._used(run, part.columns, part.count())
+        if task.attempt > 1:  # its retries are over
+            run.previous_delay.pop((task.stage, lo), None)
+            run.first_start.pop((task.stage, lo), None)
 
     def _used(self: Machine, run: Run, columns: Any, count: int) -> None:
         for chunk, _ in columns:
@@ -641,7 +678,10 @@ class FlowRules:
         rest = self._rest(task, signal)
         if not rest:
             return
-        if task.stopping == "timeout" or signal.status in ("error", "refused"):
+        if stream.shedding or stream.ended:
+            for segment in rest:
+                self._shed_segment(run, stream, segment, now)
+        elif task.stopping == "timeout" or signal.status in ("error", "refused"):
             self._whole_block_failed(run, task, stream, rest, signal, now)
         elif signal.status == "lost":
             self._block_lost(run, stream, rest, signal, now)
@@ -686,7 +726,7 @@ class FlowRules:
         if status == "cancel":
             self._end_run(run, "cancelled", failure.info.message, now)
             return None
-        if run.ending is not None:
+        if run.ending is not None or stream.shedding:
             self._item_lost(run, stream, failure.info, failure.path, task.attempt, now)
             return None
         retry, wait, roll = verdict
@@ -732,42 +772,43 @@ class FlowRules:
             attempt=attempt,
             data={"error": info.message, "error_type": info.type, "retryable": info.retryable, "error_info": info},
         )
-        budget = policies.max_failed_items
-        if budget is not None:
-            seen = max(stream.arrived, 1)
-            over = count > budget if isinstance(budget, int) else stream.in_total >= 0 and count > budget * seen
-            if not over:
-                return
-            name = run.layout.name(stage)
-            text = f"stage {name!r}: {count} of {seen} items failed; its budget is {budget}. Last: {info.message}"
-            stream.ended = True
-            self._fail_stage(run, stage, ErrorInfo(type=info.type, message=text, traceback=info.traceback), now)
+        if policies.max_failed_items is not None:
+            stream.last_failure = info
+            self._check_budget(run, stream, now)
         elif self._mode(run, stage) == "fail_fast":
             name = run.layout.name(stage)
             where = f" at item {list(path)}" if path else ""
             self._end_run(run, "failed", f"stage {name!r} failed{where}: {info.message}", now, info)
+
+    def _check_budget(self: Machine, run: Run, stream: Stream, now: float) -> bool:
+        """True when more items of the stage have failed than it may lose. A share can only be told at the end."""
+        stage = stream.stage
+        budget = run.layout.specs[stage].policies.max_failed_items
+        count = run.failed_items.get(stage, 0)
+        if budget is None or stream.failing is not None:
+            return False
+        if isinstance(budget, int):
+            over = count > budget
+        else:
+            over = stream.in_total >= 0 and stream.arrived >= stream.in_total and count > budget * stream.arrived
+        if over:
+            last = stream.last_failure or _no_reason()
+            text = (
+                f"stage {run.layout.name(stage)!r}: {count} of {stream.arrived} items failed; its budget is {budget}. "
+                f"Last: {last.message}"
+            )
+            error = ErrorInfo(type=last.type, message=text, traceback=last.traceback)
+            self._fail_stream(run, stream, error, now, shed=True)
+        return over
 
     def _retry_item(self: Machine, run: Run, task: Task, stream: Stream, index: int, delay: float, now: float) -> None:
         assert task.segments is not None
         for segment in task.segments:
             if segment.lo <= index < segment.hi:
                 single = segment.cut(index, index + 1)
-                single = Segment(index, index + 1, -1, single.columns, now, segment.deaths, task.attempt + 1)
-                break
-        else:
-            return
-        stream.pending_retries += 1
-        run.retry_timers += 1
-        run.first_start.setdefault((stream.stage, index), now)
-
-        def again(due: sig.TimerDue, when: float) -> None:
-            run.retry_timers -= 1
-            stream.pending_retries -= 1
-            single.since = when
-            self._put_back(stream, single)
-            self._offer(run, stream, when)
-
-        self._set_timer(run, now + delay, again)
+                run.first_start.setdefault((stream.stage, index), task.begun)
+                self._retry_segment(run, stream, single, task.attempt + 1, delay, now)
+                return
 
     def _whole_block_failed(
         self: Machine, run: Run, task: Task, stream: Stream, rest: list[Segment], signal: sig.BlockPart, now: float
@@ -776,7 +817,7 @@ class FlowRules:
         error = signal.error or ErrorInfo(type="Exception", message="the block failed")
         status = "error"
         if task.stopping == "timeout":
-            limit = run.layout.specs[stream.stage].policies.timeout or 0.0
+            limit = task.limit
             name = run.layout.name(stream.stage)
             error = ErrorInfo(
                 type="stageflow.core.errors.StageTimeoutError",
@@ -797,15 +838,17 @@ class FlowRules:
         )  # fmt: skip
         key = (stream.stage, rest[0].lo)
         policies = run.layout.specs[stream.stage].policies
-        if signal.status == "refused":
+        if signal.status == "refused" and status != "timeout":
             question.status = "refused"
-        delay = self._retry_delay(run, stream.stage, task.attempt, question, now, policies, key)
-        if delay is None and count > 1 and run.ending is None:
+        if policies.total_timeout is not None:
+            run.first_start.setdefault(key, task.begun)
+        # a thread that goes on could run beside its own retry: side effects twice at once
+        overlaps = signal.abandoned and run.layout.specs[stream.stage].kind == "work" and policies.idempotency is None
+        delay = None if overlaps else self._retry_delay(run, stream.stage, task.attempt, question, now, policies, key)
+        if delay is None and count > 1 and run.ending is None and not overlaps:
             # the guilty alone are lost: run the elements one by one
             for segment in rest:
-                for index in _indices(segment):
-                    single = segment.cut(index, index + 1)
-                    self._put_back(stream, Segment(index, index + 1, -1, single.columns, now, 1, 1))
+                self._take_apart(run, stream, segment, now)
             return
         for segment in rest:
             if delay is not None:
@@ -825,10 +868,8 @@ class FlowRules:
                 self._consume(run, task, segment.lo, segment.hi)
                 stream.failed += segment.count()
                 self._item_lost(run, stream, item, (segment.lo,), task.attempt, now)
-                if run.ending is not None or stream.ended:
-                    return
-                self._finished(run, stream, segment.lo, segment.hi, 0, None, 0, now)
                 self._emit_block(run, stream, segment, task.attempt, now)
+                self._empty(run, stream, segment.lo, segment.hi, now)
 
     def _emit_block(self: Machine, run: Run, stream: Stream, segment: Segment, attempt: int, now: float) -> None:
         """Book a failed item as a block of its own, so that every view counts it."""
@@ -844,18 +885,20 @@ class FlowRules:
     def _retry_segment(
         self: Machine, run: Run, stream: Stream, segment: Segment, attempt: int, delay: float, now: float
     ) -> None:
-        stream.pending_retries += 1
+        later = Segment(
+            segment.lo, segment.hi, segment.mask, segment.columns, now, segment.deaths, attempt, segment.apart
+        )
         run.retry_timers += 1
-        later = Segment(segment.lo, segment.hi, segment.mask, segment.columns, now, segment.deaths, attempt)
 
         def again(due: sig.TimerDue, when: float) -> None:
             run.retry_timers -= 1
-            stream.pending_retries -= 1
+            del stream.delayed[timer]
             later.since = when
             self._put_back(stream, later)
             self._offer(run, stream, when)
 
-        self._set_timer(run, now + delay, again)
+        timer = self._set_timer(run, now + delay, again)
+        stream.delayed[timer] = later
 
     def _block_lost(
         self: Machine, run: Run, stream: Stream, rest: list[Segment], signal: sig.BlockPart, now: float
@@ -876,10 +919,8 @@ class FlowRules:
                 self._used(run, segment.columns, count)
                 stream.failed += count
                 self._item_lost(run, stream, info, (index,), segment.attempt, now)
-                if run.ending is not None or stream.ended:
-                    return
-                self._finished(run, stream, segment.lo, segment.hi, 0, None, 0, now)
                 self._emit_block(run, stream, segment, segment.attempt, now)
+                self._empty(run, stream, segment.lo, segment.hi, now)
                 continue
             self._emit(
                 "stage.retrying",
@@ -914,7 +955,8 @@ class FlowRules:
                 accumulators = (held,)
             else:
                 job = "fold"
-        task = self._new_task(run, stream, lane, segments[0].attempt if segments else 1, segments, now)
+        attempt = segments[0].attempt if segments else stream.merge_attempts.pop(what[:2], 1)
+        task = self._new_task(run, stream, lane, attempt, segments, now)
         task.job = job
         task.node = what
         task.accumulators = accumulators
@@ -939,18 +981,25 @@ class FlowRules:
         assert stream is not None
         assert task.segments is not None
         stream.running -= max(1, task.items)
-        if run.ending is not None:
+        status = signal.status
+        if run.ending is not None or stream.ended:
             if signal.handle:
                 self._out.append(act.Release(run.id, (signal.handle,)))
+            for segment in task.segments:
+                self._used(run, segment.columns, segment.count())
+            if task.job == "merge":
+                self._release_accumulators(run, stream, task.node[2])
             return
-        status = signal.status
+        if status == "cancel" and task.stopping is None:
+            self._end_run(run, "cancelled", signal.reason or "cancelled by the stage", now)
+            return
         if status == "ok" and task.stopping is None:
             self._fold_done(run, stream, task, signal, now)
         elif status == "lost" and task.stopping is None:
             self._fold_again(run, stream, task, signal, now)
         else:
             if task.stopping == "timeout":
-                limit = run.layout.specs[stream.stage].policies.timeout or 0.0
+                limit = task.limit
                 signal.error = ErrorInfo(
                     type="stageflow.core.errors.StageTimeoutError",
                     code="SF-TIMEOUT",
@@ -960,17 +1009,15 @@ class FlowRules:
                     elapsed=max(limit, signal.seconds),
                 )
                 signal.status = "timeout"
-            key = (stream.stage, task.id)
+            key = (stream.stage, task.segments[0].lo if task.segments else task.node[:2])
+            if task.attempt == 1:
+                run.first_start[key] = task.begun
             delay = self._retry_delay(run, stream.stage, task.attempt, signal, now, None, key)
             if delay is None:
-                stream.ended = True
-                self._fail_stage(
-                    run,
-                    stream.stage,
-                    signal.error or ErrorInfo(type="stageflow.StageOutput", message=signal.reason or "the fold failed"),
-                    now,
-                    attempt=task.attempt,
+                error = signal.error or ErrorInfo(
+                    type="stageflow.StageOutput", message=signal.reason or "the fold failed"
                 )
+                self._fold_failed(run, stream, task, error, now)
                 return
             self._emit(
                 "stage.retrying",
@@ -987,23 +1034,51 @@ class FlowRules:
 
             def again(due: sig.TimerDue, when: float) -> None:
                 run.retry_timers -= 1
+                del stream.delayed_folds[timer]
                 self._redo_fold(run, stream, task, task.attempt + 1, when)
 
-            self._set_timer(run, now + delay, again)
+            timer = self._set_timer(run, now + delay, again)
+            stream.delayed_folds[timer] = task
+
+    def _fold_failed(self: Machine, run: Run, stream: Stream, task: Task, error: ErrorInfo, now: float) -> None:
+        """A step has failed for good, and the reduce with it."""
+        assert task.segments is not None
+        for segment in task.segments:
+            self._used(run, segment.columns, segment.count())
+        if task.job == "merge":
+            self._release_accumulators(run, stream, task.node[2])
+        self._let_go(run, stream)
+        self._fail_stage(run, stream.stage, error, now, attempt=task.attempt)
+
+    def _release_accumulators(self: Machine, run: Run, stream: Stream, handles: Any) -> None:
+        assert stream.fold is not None
+        there = tuple(handle for handle in handles if handle)
+        for handle in there:
+            self._account(run, -stream.fold.sizes.pop(handle))
+        if there:
+            self._out.append(act.Release(run.id, there))
 
     def _fold_again(self: Machine, run: Run, stream: Stream, task: Task, signal: sig.AttemptEnded, now: float) -> None:
         """A lost worker redoes one block: no accumulator lives in a worker between tasks."""
-        deaths = 0
+        assert task.segments is not None
         if signal.suspect:
-            key = -1 - stream.stage
+            key = (stream.stage, task.segments[0].lo if task.segments else task.node[:2])
             deaths = run.deaths[key] = run.deaths.get(key, 0) + 1
             if deaths >= self.poison_limit:
-                stream.ended = True
                 error = signal.error or ErrorInfo(
                     type="stageflow.core.errors.WorkerDiedError", message="the worker died"
                 )
-                self._fail_stage(run, stream.stage, error, now, attempt=task.attempt)
+                self._fold_failed(run, stream, task, error, now)
                 return
+            for segment in task.segments:
+                segment.deaths = deaths
+            self._emit(
+                "stage.retrying",
+                run,
+                stream.stage,
+                attempt=task.attempt,
+                data={"delay_ms": 0.0, "error": signal.error.message if signal.error else "", "why": "infrastructure"},
+            )
         self._redo_fold(run, stream, task, task.attempt, now)
 
     def _redo_fold(self: Machine, run: Run, stream: Stream, task: Task, attempt: int, now: float) -> None:
@@ -1012,6 +1087,8 @@ class FlowRules:
             segment.attempt = attempt
             segment.since = now
         if stream.fold is not None:
+            if task.job == "merge":
+                stream.merge_attempts[task.node[:2]] = attempt
             stream.fold.jobs.appendleft(("merge" if task.job == "merge" else "fold", task.node))
             stream.ready_count += sum(segment.count() for segment in task.segments)
         else:
@@ -1029,11 +1106,14 @@ class FlowRules:
             covered += segment.hi - segment.lo
             self._used(run, segment.columns, here)
         self._account(run, signal.nbytes)
+        if task.attempt > 1 and task.segments:
+            run.previous_delay.pop((stream.stage, task.segments[0].lo), None)
         fold = stream.fold
         if fold is not None:
+            fold.sizes[signal.handle] = signal.nbytes
             if task.job == "merge":
                 level, i, handles = task.node
-                self._out.append(act.Release(run.id, tuple(handle for handle in handles if handle)))
+                self._release_accumulators(run, stream, handles)
                 fold.settle(level, i, signal.handle)
             else:
                 fold.settle(0, task.node[0], signal.handle)
@@ -1069,11 +1149,137 @@ class FlowRules:
         if run.layout.roles[stream.stage] == Role.REDUCE:
             self._reduce_over(run, stream, now)
             return
-        if stream.ready or stream.jobs or stream.batch_group or stream.pending_retries:
+        if stream.ready or stream.jobs or stream.batch_group or stream.delayed:
             return
         if stream.done < stream.arrived:
             return
+        if stream.failing is None and run.failed_items.get(stream.stage):
+            if self._check_budget(run, stream, now):
+                return
+        if stream.failing is not None:
+            stream.ended = True
+            self._fail_stage(run, stream.stage, stream.failing, now)
+            return
         self._stream_over(run, stream, now)
+
+    # ------------------------------------------------------------ failing as a whole
+
+    def _fail_stream(self: Machine, run: Run, stream: Stream, error: ErrorInfo, now: float, *, shed: bool) -> None:
+        """The stage has failed as a whole. Under fail_fast the run ends; else the stage ends FAILED when what runs has
+        come back. With `shed` nothing more is started, and every index that is left counts as gone."""
+        if stream.failing is not None or stream.ended:
+            return
+        stream.failing = error
+        if self._mode(run, stream.stage) == "fail_fast":
+            stream.ended = True
+            self._fail_stage(run, stream.stage, error, now)
+            return
+        if not shed:
+            return
+        stream.shedding = True
+        if stream.batch_timer:
+            self._drop_timer(stream.batch_timer)
+            stream.batch_timer = 0
+        for timer, segment in list(stream.delayed.items()):
+            self._drop_timer(timer)
+            run.retry_timers -= 1
+            del stream.delayed[timer]
+            self._shed_segment(run, stream, segment, now)
+        held = [entry[2] for entry in sorted(stream.ready, key=lambda entry: entry[:2])]
+        held.extend(segment for job in stream.jobs for segment in job)
+        held.extend(stream.batch_group)
+        stream.ready.clear()
+        stream.jobs.clear()
+        stream.batch_group = []
+        stream.ready_count = 0
+        if stream.batch_frontier is not None:
+            held.extend(stream.batch_frontier.drain())  # type: ignore[arg-type]
+        for segment in held:
+            self._shed_segment(run, stream, segment, now)
+        if stream.stage in run.layout.expands and not stream.stopped:
+            self._stop_source(run, stream, "the stage has failed", now)
+        self._maybe_over(run, stream, now)
+
+    def _shed_segment(self: Machine, run: Run, stream: Stream, segment: Segment, now: float) -> None:
+        """These items will not be run: their indices are gone."""
+        self._used(run, segment.columns, segment.count())
+        if not stream.ended:
+            self._empty(run, stream, segment.lo, segment.hi, now)
+
+    def _let_go(self: Machine, run: Run, stream: Stream) -> None:
+        """The stage ends without its items: give back all that it holds."""
+        stream.ended = True
+        for timer in (*stream.delayed, *stream.delayed_folds):
+            self._drop_timer(timer)
+            run.retry_timers -= 1
+        if stream.batch_timer:
+            self._drop_timer(stream.batch_timer)
+            stream.batch_timer = 0
+        held = [*(entry[2] for entry in stream.ready), *stream.delayed.values(), *stream.batch_group]
+        held.extend(segment for job in stream.jobs for segment in job)
+        if stream.batch_frontier is not None:
+            held.extend(stream.batch_frontier.drain())  # type: ignore[arg-type]
+        if stream.join is not None:
+            for side in stream.join.pending:
+                held.extend(side)
+                side.clear()
+        for task in stream.delayed_folds.values():
+            held.extend(task.segments)
+            if task.job == "merge":
+                self._release_accumulators(run, stream, task.node[2])
+        fold = stream.fold
+        if fold is not None:
+            held.extend(part for _, parts in fold.blocks.values() for part in parts)
+            for job, what in fold.jobs:
+                if job == "merge":
+                    self._release_accumulators(run, stream, what[2])  # type: ignore[index]
+                else:
+                    held.extend(what[1])  # type: ignore[index]
+            self._release_accumulators(run, stream, fold.nodes.values())
+            fold.blocks.clear()
+            fold.jobs.clear()
+            fold.nodes.clear()
+        stream.ready.clear()
+        stream.delayed.clear()
+        stream.delayed_folds.clear()
+        stream.jobs.clear()
+        stream.batch_group = []
+        stream.ready_count = 0
+        for segment in held:
+            self._used(run, segment.columns, segment.count())
+        if run.layout.roles[stream.stage] == Role.REDUCE:
+            kept, stream.kept = stream.kept, []
+            for chunk in kept:
+                self._free(run, chunk)
+        if stream.stage in run.layout.expands and not stream.stopped and stream.started_at >= 0:
+            stream.stopped = True
+            run.pulling += 0 if stream.pull_open else 1
+            stream.pull_open = True
+            self._out.append(act.StopSource(run.id, stream.stage, "the stage is over"))
+
+    def _empty(self: Machine, run: Run, stream: Stream, lo: int, hi: int, now: float) -> None:
+        """Indices [lo, hi) end here without a survivor. A queue, not recursion: chains of stages may be long."""
+        queue = self._emptied
+        queue.append((run, stream, lo, hi))
+        if len(queue) > 1:
+            return  # the loop below is at work
+        while queue:
+            run, stream, lo, hi = queue[0]
+            self._finished(run, stream, lo, hi, 0, None, 0, now)
+            self._maybe_over(run, stream, now)
+            queue.popleft()
+
+    def _take_apart(self: Machine, run: Run, stream: Stream, segment: Segment, now: float) -> None:
+        """Let the items of a segment run each by itself; every index of it is covered."""
+        lo = segment.lo
+        indices = _indices(segment)
+        for place, index in enumerate(indices):
+            hi = segment.hi if place == len(indices) - 1 else index + 1
+            single = segment.cut(lo, hi)
+            self._put_back(
+                stream, Segment(lo, hi, single.mask, single.columns, now, segment.deaths, 1, apart=True)
+            )
+            lo = hi
 
     def _reduce_over(self: Machine, run: Run, stream: Stream, now: float) -> None:
         fold = stream.fold
@@ -1091,7 +1297,7 @@ class FlowRules:
             reduce = run.layout.specs[stream.stage].reduce
             if reduce is None or not reduce.has_initial:
                 name = run.layout.name(stream.stage)
-                stream.ended = True
+                self._let_go(run, stream)
                 error = ErrorInfo(
                     type="stageflow.core.errors.DefinitionError",
                     message=f"reduce {name!r} got no element and has no `initial`",
@@ -1128,6 +1334,7 @@ class FlowRules:
             return
         stream.collected += 1
         if stream.collected >= run.layout.collectors.get(producer, 0) and producer not in run.layout.keeps:
+            stream.keeps = False
             kept, stream.kept = stream.kept, []
             for chunk in kept:
                 chunk.left -= 1
@@ -1142,6 +1349,15 @@ class FlowRules:
 
 #: stands for a column of which no item is there
 _NOTHING: Final = Chunk(0, 1 << 60, -1)
+
+
+def _no_reason() -> ErrorInfo:
+    return ErrorInfo(type="Exception", message="failed without a reason")
+
+
+def _gone(stream: Stream) -> bool:
+    """Whether the stage takes no more items."""
+    return stream.ended or stream.shedding
 
 
 def _first(entry: Any) -> int:

@@ -26,6 +26,7 @@ class Layout:
     - `readers[i]`: the stages that read stream i element by element;
     - `collectors[i]`: how many stages need stream i as a whole;
     - `keeps[i]`: the values of stream i stay until the run ends;
+    - `plain`: the graph has no streams and no guards with a retry path: the end of a stage only counts down its dependents;
     - `special[i]`: 1 where readiness has rules beyond "all dependencies are done";
     - `limited[i]`: 1 where admission has to be asked (concurrency, rate, tokens, resources);
     - `required[i]`: dependencies without whose value stage i is skipped;
@@ -50,6 +51,8 @@ class Layout:
         "lanes",
         "limited",
         "names",
+        "plain",
+        "priorities",
         "readers",
         "required",
         "roles",
@@ -109,6 +112,9 @@ class Layout:
             special[stage] = 1
         self._gate_guards()
         self.special = bytes(special)
+        self.plain = not (self.elements or self.gated_by or graph.barriers)
+        wanted = {i: spec.policies.priority for i, spec in enumerate(specs) if spec.policies.priority}
+        self.priorities: dict[int, int] | None = wanted or None
         self.limited = bytes(limited)
         for i in range(size):
             if self.roles[i] in (Role.SOURCE, Role.MAP) and (
@@ -129,7 +135,12 @@ class Layout:
             self.readers.setdefault(producer, []).append(i)
         self.waits[i] -= len(set(elements))
         policies = spec.policies
-        if spec.kind is StageKind.TRANSFORM and policies.timeout is None and spec.role in (Role.MAP, Role.SINK):
+        timed = policies.timeout is not None or policies.total_timeout is not None
+        # a retry in the middle of a block would come after its followers
+        strict = spec.role == Role.SINK and policies.ordered and policies.retry is not None
+        # what acts around an attempt sees one item at a time
+        around = policies.idempotency is not None or bool(policies.interceptors)
+        if spec.kind is StageKind.TRANSFORM and not (timed or strict or around) and spec.role in (Role.MAP, Role.SINK):
             self.block[i] = 1
 
     def _unread(self, i: int) -> bool:
@@ -150,6 +161,10 @@ class Layout:
                         self.gates[reader] = (*self.gates.get(reader, ()), guard)
                         self.gated_by.setdefault(guard, []).append(reader)
                         self.waits[reader] += 1
+
+    def priority(self, stage: int) -> int:
+        """The stage's priority; higher goes first."""
+        return 0 if self.priorities is None else self.priorities.get(stage, 0)
 
     def name(self, stage: int) -> str:
         """The stage's name."""

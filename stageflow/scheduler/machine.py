@@ -34,6 +34,7 @@ from stageflow.scheduler.streams import Stream
 _S = StageState
 SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead (rules of the process lane)
 AHEAD: Final = 2  # tasks per worker when they are short
+CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
 class Machine(OutcomeRules, FlowRules, GuardRules):
@@ -55,6 +56,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         ahead: Mapping[str, int] | None = None,
     ) -> None:
         self.lanes = {name: Lane(name, slots) for name, slots in lanes.items()}
+        self._lane_list = tuple(self.lanes.values())
         self.runs: dict[int, Run] = {}
         self.tasks: dict[int, Task] = {}
         self.grace = grace
@@ -73,7 +75,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self._next_timer = 0
         self._timer_run: dict[int, Run | None] = {}
         self._ended: deque[tuple[Run, int]] = deque()
-        self._settling = False
+        self._emptied: deque[tuple[Run, Stream, int, int]] = deque()
         self._touched: dict[int, Run] = {}
         self._due: list[tuple[int, int]] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -141,9 +143,18 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         if run.ending is None:
             self._end_run(run, "cancelled", signal.reason, now)
         if signal.force:
-            for task in list(run.tasks.values()):
-                self._out.append(act.StopAttempt(task.id, signal.reason, force=True))
+            self._force(run, signal.reason)
         self._touch(run)
+
+    def _force(self, run: Run, reason: str) -> None:
+        """The grace is over: stop attempts by the strongest means, and wait for no source any more."""
+        for task in list(run.tasks.values()):
+            self._out.append(act.StopAttempt(task.id, reason, force=True))
+        for source in run.sources:
+            if source.pull_open:
+                source.pull_open = False
+                source.ended = True
+                run.pulling -= 1
 
     def _end_run(self, run: Run, status: str, reason: str, now: float, error: ErrorInfo | None = None) -> None:
         """From now on nothing of the run starts; what runs is asked to stop."""
@@ -165,13 +176,15 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         for source in run.sources:
             if not source.ended and not source.stopped and source.started_at >= 0:
                 source.stopped = True
+                if not source.pull_open:  # its end is waited for
+                    source.pull_open = True
+                    run.pulling += 1
                 self._out.append(act.StopSource(run.id, source.stage, reason))
         if run.running or run.pulling:
 
             def force(due: sig.TimerDue, at: float) -> None:
                 run.grace_timer = 0
-                for task in list(run.tasks.values()):
-                    self._out.append(act.StopAttempt(task.id, reason, force=True))
+                self._force(run, reason)
 
             run.grace_timer = self._set_timer(run, now + self.grace, force)
         self._touch(run)
@@ -188,7 +201,9 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                         self._emit("stage.cancelled", run, stage, data={"reason": run.reason})
             run.open = 0
         else:
-            status = "completed" if run.clean and not run.failed_items else "failed"
+            # a stage that failed and then passed on a guard's retry path did not fail
+            bad = not run.clean and (run.state.count(_S.FAILED) or run.state.count(_S.CANCELLED))
+            status = "failed" if bad or run.failed_items else "completed"
         for timer in list(run.timers):
             self._drop_timer(timer)
         del self.runs[run.id]
@@ -242,10 +257,8 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         layout = run.layout
         lane = self.lanes[layout.lanes[stage]]
         self._seq += 1
-        policies = layout.specs[stage].policies
-        priority = -policies.priority if policies is not DEFAULT_POLICIES else 0
         run.queued += 1
-        heappush(lane.heap, (priority, -layout.depth[stage], run.seq, self._seq, run, stage, None, now))
+        heappush(lane.heap, (-layout.priority(stage), -layout.depth[stage], run.seq, self._seq, run, stage, None, now))
 
     def _on_decided(self, signal: sig.Decided, now: float) -> None:
         run = self.runs.get(signal.run)
@@ -282,6 +295,9 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
             run, stage = ended.popleft()
             layout = run.layout
             waiting = run.waiting
+            if layout.plain and run.plain and run.ending is None:
+                self._settle_plain(run, stage, now)
+                continue
             readers = layout.readers.get(stage)
             for dependent in layout.dependents[stage]:
                 if readers is not None and dependent in readers:
@@ -304,22 +320,47 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                 self._collector_over(run, producer)
             self._touch(run)
 
+    def _settle_plain(self, run: Run, stage: int, now: float) -> None:
+        """`_settle_ended` for a graph of plain stages of which none has failed or been skipped: the common case, unrolled."""
+        layout = run.layout
+        waiting, state, special = run.waiting, run.state, layout.special
+        for dependent in layout.dependents[stage]:
+            left = waiting[dependent] - 1
+            waiting[dependent] = left
+            if left == 0:
+                if special[dependent] or state[dependent]:
+                    self._came_ready(run, dependent, now)
+                    continue
+                state[dependent] = 2  # WAITING -> READY
+                self._seq = seq = self._seq + 1
+                run.queued += 1
+                entry = (-layout.priority(dependent), -layout.depth[dependent], run.seq, seq, run, dependent, None, now)
+                heappush(self.lanes[layout.lanes[dependent]].heap, entry)
+            elif left < 0:
+                raise InvariantError(f"stage {layout.name(dependent)!r} was told more ends than it waits for")
+        self._touched[run.id] = run
+
     # ------------------------------------------------------------ slots
 
     def _dispatch(self, now: float) -> None:
         """Give free slots to what is ready: priority, then depth, then age."""
-        for lane in self.lanes.values():
+        lanes = self._lane_list
+        for lane in lanes:
             if lane.heap:
                 self._dispatch_lane(lane, now)
         if self._touched:
             touched, self._touched = self._touched, {}
+            again = False
             for run in touched.values():
-                self._after(run, now)
-            for lane in self.lanes.values():
-                if lane.heap:
-                    self._dispatch_lane(lane, now)
+                if run.streams:
+                    self._after(run, now)
+                    again = True
+            if again:
+                for lane in lanes:
+                    if lane.heap:
+                        self._dispatch_lane(lane, now)
             for run in touched.values():
-                if run.id in self.runs:
+                if not run.running and not run.pulling and run.id in self.runs:
                     self._check_over(run, now)
 
     def _dispatch_lane(self, lane: Lane, now: float) -> None:
@@ -377,35 +418,31 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
     def _start(self, run: Run, stage: int, lane: Lane, since: float, now: float) -> None:
         self._next_task = id = self._next_task + 1
         attempt = run.tries.get(stage, 0) + 1 if run.tries else 1
-        task = Task(id, run, stage, lane.name, attempt)
+        name = lane.name
+        task = Task(id, run, stage, name, attempt)
         task.since = since
         layout = run.layout
-        policies = layout.specs[stage].policies
         lane.used += 1
         run.running += 1
         self.tasks[id] = task
         run.tasks[id] = task
         self._move(run, stage, _S.RUNNING)
+        policies = layout.specs[stage].policies
         if policies is not DEFAULT_POLICIES:
             run.first_start.setdefault(stage, now)
             if layout.limited[stage]:
                 task.tokens = self.admission.take(layout.key, stage, policies, now)
-            if policies.timeout is not None:
+            if policies.total_timeout is not None:
+                task.deadline = run.first_start[stage] + policies.total_timeout
+            if policies.timeout is not None or task.deadline is not None:
                 self._arm_timeout(task, policies.timeout, now)
         if run.listening:
             self._emit("stage.started", run, stage, attempt=attempt)
+        alone = bool(run.deaths) and run.deaths.get(stage, 0) > 0
+        short = name == "process" and self._is_short(run, stage, None)
+        feedback = run.feedback.get(stage) if run.feedback else None
         self._out.append(
-            act.StartAttempt(
-                id,
-                run.id,
-                stage,
-                lane.name,
-                attempt,
-                bool(run.deaths and run.deaths.get(stage, 0)),
-                self._is_short(run, stage, None),
-                task.tokens,
-                run.feedback.get(stage) if run.feedback else None,
-            )
+            act.StartAttempt(id, run.id, stage, name, attempt, alone, short, task.tokens, feedback)
         )
 
     def _drop_task(self, task: Task, now: float) -> None:
@@ -479,28 +516,42 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self._settle_ended(now)
         self._touch(run)
 
-    def _arm_timeout(self, task: Task, limit: float, now: float, at: float | None = None) -> None:
-        """Ask to be told when the attempt may have used up its time; queueing does not count."""
+    def _arm_timeout(self, task: Task, limit: float | None, now: float, at: float | None = None) -> None:
+        """Ask to be told when the attempt may have used up its `limit` (queueing does not count), or the stage its
+        deadline (everything counts)."""
 
         def due(signal: sig.TimerDue, when: float) -> None:
             task.timer = 0
             if task.id not in self.tasks or task.stopping is not None:
                 return
             elapsed = signal.elapsed
-            if elapsed is None or elapsed < limit:
-                self._arm_timeout(task, limit, when, when + limit - (elapsed or 0.0))
+            total = task.run.layout.specs[task.stage].policies.total_timeout
+            if task.deadline is not None and when >= task.deadline - CLOSE:
+                task.limit = total or 0.0
+            elif limit is not None and elapsed is not None and elapsed >= limit - CLOSE:
+                task.limit = limit
+            else:
+                left = limit - (elapsed or 0.0) if limit is not None else 0.0
+                self._arm_timeout(task, limit, when, when + left)
                 return
             task.stopping = "timeout"
-            self._out.append(act.StopAttempt(task.id, f"timeout after {limit:g} s"))
+            self._out.append(act.StopAttempt(task.id, f"timeout after {task.limit:g} s"))
 
             def force(signal: sig.TimerDue, when: float) -> None:
                 task.timer = 0
                 if task.id in self.tasks:
-                    self._out.append(act.StopAttempt(task.id, f"timeout after {limit:g} s", force=True))
+                    self._out.append(act.StopAttempt(task.id, f"timeout after {task.limit:g} s", force=True))
 
             task.timer = self._set_timer(task.run, when + self.grace, force)
 
-        task.timer = self._set_timer(task.run, at if at is not None else now + limit, due, task.id)
+        if limit is None:
+            at = task.deadline
+        else:
+            at = at if at is not None else now + limit
+            if task.deadline is not None:
+                at = min(at, task.deadline)
+        assert at is not None
+        task.timer = self._set_timer(task.run, at, due, task.id)
 
     # ------------------------------------------------------------ the end of a turn
 
@@ -530,19 +581,19 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self._unstick(run, now)
 
     def _unstick(self, run: Run, now: float) -> None:
-        """Nothing of the run is running. Draining is never refused: admit its deepest blocked stream, or say who
-        waits for whom."""
+        """Nothing of the run is running. Draining is never refused: a blocked stream may start now (the deepest
+        goes first); else a source must give, or something waits for its time; else say who waits for whom."""
         if run.blocked:
-            deepest = max(run.blocked, key=lambda stream: run.layout.depth[stream.stage])
-            run.blocked.remove(deepest)
-            deepest.blocked = False
-            lane = self.lanes[run.layout.lanes[deepest.stage]]
-            if lane.used < lane.slots:
-                self._start_blocks(run, deepest, lane, now, forced=True)
-                return
-        if self._force_pull(run, now):
+            blocked, run.blocked = run.blocked, []
+            for stream in blocked:
+                stream.blocked = False
+                self._offer(run, stream, now)
+            for lane in self._lane_list:
+                if lane.heap:
+                    self._dispatch_lane(lane, now)
+        if run.running or run.queued or run.retry_timers:
             return
-        if run.retry_timers or run.queued:
+        if self._force_pull(run, now):
             return
         layout = run.layout
         names = [layout.name(i) for i in range(layout.size) if run.state[i] < ENDED][:8]

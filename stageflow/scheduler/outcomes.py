@@ -123,7 +123,7 @@ class OutcomeRules:
     def _timed_out(self: Machine, run: Run, task: Task, signal: sig.AttemptEnded, now: float) -> None:
         """The attempt was stopped because its time was up, whatever it answered in the end."""
         policies = run.layout.specs[task.stage].policies
-        limit = policies.timeout or 0.0
+        limit = task.limit
         elapsed = max(signal.seconds, limit)
         name = run.layout.name(task.stage)
         abandoned = signal.abandoned

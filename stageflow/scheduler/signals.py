@@ -74,6 +74,7 @@ class BlockPart(Signal):
     error: ErrorInfo | None = None
     retries: tuple[tuple[bool | None, float | None, float], ...] = ()  #: (retry, wait, roll) of each failure in `done`
     suspect: bool = False
+    abandoned: bool = False
     position: int = -1  #: of a lost block: how many of its items were surely finished
     bytes_in: int = 0
     worker_pid: int = 0

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
-from typing import Final
+from typing import Any, Final
 
 from stageflow.core.errors import InvariantError
+from stageflow.core.output import ErrorInfo
 
 #: seconds of work a block aims at; 0.25 to 4 ms cannot be told apart for no-ops, longer ones cost the tail
 BLOCK_SECONDS: Final = 0.002
@@ -39,13 +40,22 @@ class Segment:
     parameter.
 
     A column's position is the place of the segment's first item in the chunk's list, or the places of all of them.
-    `deaths` counts workers lost while they ran it; `attempt` is the number of the attempt to come.
+    `deaths` counts workers lost while they ran it; `attempt` is the number of the attempt to come; `apart` keeps it
+    from sharing a block with others.
     """
 
-    __slots__ = ("attempt", "columns", "deaths", "hi", "lo", "mask", "since")
+    __slots__ = ("apart", "attempt", "columns", "deaths", "hi", "lo", "mask", "since")
 
     def __init__(
-        self, lo: int, hi: int, mask: int, columns: tuple[Column, ...], since: float, deaths: int = 0, attempt: int = 1
+        self,
+        lo: int,
+        hi: int,
+        mask: int,
+        columns: tuple[Column, ...],
+        since: float,
+        deaths: int = 0,
+        attempt: int = 1,
+        apart: bool = False,
     ) -> None:
         self.lo = lo
         self.hi = hi
@@ -54,6 +64,7 @@ class Segment:
         self.since = since
         self.deaths = deaths
         self.attempt = attempt
+        self.apart = apart
 
     def count(self) -> int:
         """How many items are there."""
@@ -77,7 +88,7 @@ class Segment:
         columns = tuple(
             (chunk, at + before if isinstance(at, int) else at[before : before + there]) for chunk, at in self.columns
         )
-        return Segment(lo, hi, kept, columns, self.since, self.deaths, self.attempt)
+        return Segment(lo, hi, kept, columns, self.since, self.deaths, self.attempt, self.apart)
 
     def split_at(self, count: int) -> tuple[Segment, Segment | None]:
         """The first `count` items (with the gaps between and after them up to the next item), and the rest."""
@@ -127,6 +138,15 @@ class Frontier:
         while (found := self._early.pop(self.next, None)) is not None:
             self.next = end_of(found)
             yield found
+
+    def drain(self) -> list[object]:
+        """Give up on the order: everything that still waits."""
+        early, self._early = self._early, {}
+        return [early[lo] for lo in sorted(early)]
+
+    def waiting(self) -> list[object]:
+        """What has come too early."""
+        return list(self._early.values())
 
     def __len__(self) -> int:
         return len(self._early)
@@ -216,7 +236,7 @@ class Fold:
     binary order.
     """
 
-    __slots__ = ("acc", "block", "blocks", "jobs", "nodes", "total_blocks")
+    __slots__ = ("block", "blocks", "jobs", "nodes", "sizes", "total_blocks")
     FAN: Final = 8
 
     def __init__(self, block: int) -> None:
@@ -224,8 +244,8 @@ class Fold:
         self.blocks: dict[int, tuple[int, list[Segment]]] = {}  # number -> indices finished, segments
         self.nodes: dict[tuple[int, int], int] = {}  # (level, i) -> handle of its accumulator; 0 = empty
         self.jobs: deque[tuple[str, object]] = deque()
+        self.sizes: dict[int, int] = {}  # bytes of the accumulators that are held
         self.total_blocks = -1
-        self.acc = 0
 
     def add(self, segment: Segment) -> None:
         """Indices of the reduced stream are final; a block that is whole becomes a job."""
@@ -323,10 +343,13 @@ class Stream:
         "blocked",
         "can_block",
         "collected",
+        "delayed",
+        "delayed_folds",
         "done",
         "dropped",
         "ended",
         "failed",
+        "failing",
         "flow_frontier",
         "flowing",
         "fold",
@@ -337,10 +360,11 @@ class Stream:
         "join",
         "keeps",
         "kept",
+        "last_failure",
         "measured",
+        "merge_attempts",
         "ok",
         "out_next",
-        "pending_retries",
         "pull_open",
         "queued",
         "readers",
@@ -348,6 +372,7 @@ class Stream:
         "ready_count",
         "running",
         "serial",
+        "shedding",
         "stage",
         "started_at",
         "stopped",
@@ -377,7 +402,12 @@ class Stream:
         self.pull_open = False  # a pull is out
         self.granted = 0
         self.window = 16
-        self.pending_retries = 0
+        self.delayed: dict[int, Segment] = {}  # by the timer that ends the wait for their next attempt
+        self.delayed_folds: dict[int, Any] = {}
+        self.failing: ErrorInfo | None = None  # the stage has failed as a whole, and ends so when it has come to rest
+        self.shedding = False  # nothing of it is started any more: indices that are left count as gone
+        self.last_failure: ErrorInfo | None = None
+        self.merge_attempts: dict[Any, int] = {}  # of merges that are to be run again
         self.avg_seconds = 0.0
         self.avg_bytes = 0.0
         self.measured = 0
