@@ -1,0 +1,255 @@
+"""The drop-in executors behave as the standard's where the standard says how."""
+
+import asyncio
+import concurrent.futures as cf
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stageflow.core.errors import NotShippableError, WorkerDiedError
+from stageflow_executors.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+KINDS = [ProcessPoolExecutor, ThreadPoolExecutor]
+STATE: list[int] = []
+
+
+def square(n: int) -> int:
+    return n * n
+
+
+def sleepy(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def fail(n: int) -> int:
+    if n % 3 == 1:
+        raise ValueError(n)
+    return n
+
+
+def die_at(n: int) -> int:
+    if n == 37:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
+
+
+def remember(n: int) -> None:
+    STATE.append(n)
+
+
+def remembered() -> list[int]:
+    return STATE
+
+
+def grow(into: list[int]) -> list[int]:
+    into.append(len(into))
+    return into
+
+
+def pid_and(n: int) -> tuple[int, int]:
+    return os.getpid(), n
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_submit_map_and_errors(kind: Any) -> None:
+    with kind(2) as pool:
+        assert pool.submit(square, 5).result() == 25
+        assert pool.submit(pow, 2, 5).result() == 32
+        assert list(pool.map(square, range(500))) == [n * n for n in range(500)]
+        assert list(pool.map(pow, range(50), range(50), chunksize=7)) == [n**n for n in range(50)]
+        futures = [pool.submit(fail, n) for n in range(200)]
+        for n, future in enumerate(futures):
+            if n % 3 == 1:
+                assert isinstance(future.exception(), ValueError)
+                with pytest.raises(ValueError, match=str(n)):
+                    future.result()
+            else:
+                assert future.result() == n
+        with pytest.raises(ValueError, match="1"):
+            list(pool.map(fail, range(5)))
+        done, pending = cf.wait([pool.submit(square, n) for n in range(10)])
+        assert len(done) == 10
+        assert not pending
+        assert sorted(f.result() for f in cf.as_completed([pool.submit(square, n) for n in range(5)])) == [0, 1, 4, 9, 16]
+    with pytest.raises(RuntimeError):
+        pool.submit(square, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timeouts_cancel_and_shutdown(kind: Any) -> None:
+    pool = kind(1)
+    first = pool.submit(sleepy, 0.3)
+    with pytest.raises(cf.TimeoutError):
+        list(pool.map(sleepy, [0.3, 0.3], timeout=0.05))
+    rest = [pool.submit(sleepy, 0.3) for _ in range(20)]
+    assert rest[-1].cancel()
+    assert rest[-1].cancelled()
+    pool.shutdown(wait=True, cancel_futures=True)
+    assert first.result() == 0.3
+    assert sum(f.cancelled() for f in rest) >= 15
+    assert all(f.done() for f in rest)
+    pool.shutdown()
+    kind(1).shutdown()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shutdown_without_waiting_finishes_what_was_submitted(kind: Any) -> None:
+    pool = kind(2)
+    futures = [pool.submit(square, n) for n in range(100)]
+    pool.shutdown(wait=False)
+    assert [f.result(20) for f in futures] == [n * n for n in range(100)]
+    pool.shutdown(wait=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"max_workers": 0}, ValueError), ({"max_workers": -1}, ValueError), ({"initializer": 5}, TypeError)],
+)
+def test_wrong_arguments(kind: Any, arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initializer_runs_once_per_worker(kind: Any) -> None:
+    STATE.clear()
+    with kind(1, initializer=remember, initargs=(7,)) as pool:
+        assert pool.submit(remembered).result() == [7]
+        assert pool.submit(remembered).result() == [7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failing_initializer_breaks_the_pool(kind: Any) -> None:
+    with kind(1, initializer=os.stat, initargs=("/does/not/exist",)) as pool:
+        with pytest.raises(cf.BrokenExecutor):
+            pool.submit(square, 1).result(30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_run_in_executor(kind: Any) -> None:
+    with kind(2) as pool:
+        loop = asyncio.get_running_loop()
+        assert await asyncio.gather(*[loop.run_in_executor(pool, square, n) for n in range(20)]) == [n * n for n in range(20)]
+
+
+def test_a_lost_worker_costs_one_future() -> None:
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(die_at, range(30)))  # warm: short calls now travel in chunks
+        futures = [pool.submit(die_at, n) for n in range(100)]
+        for n, future in enumerate(futures):
+            if n == 37:
+                with pytest.raises(BrokenProcessPool) as caught:
+                    future.result(30)
+                assert isinstance(caught.value, WorkerDiedError)
+                assert caught.value.signal == signal.SIGKILL
+            else:
+                assert future.result(30) == n
+
+
+def test_calls_share_no_objects() -> None:
+    shared: list[int] = []
+    with ProcessPoolExecutor(1) as pool:
+        pool.submit(grow, []).result()
+        results = [f.result() for f in [pool.submit(grow, shared) for _ in range(100)]]
+        assert results == [[0]] * 100
+        assert len({id(r) for r in results}) == 100
+
+
+def test_values_that_cannot_cross() -> None:
+    with ProcessPoolExecutor(1) as pool:
+        with pytest.raises(NotShippableError):
+            pool.submit(square, threading.Lock()).result(30)
+        with pytest.raises(NotShippableError):
+            pool.submit(threading.Lock).result(30)
+        lock = threading.Lock()
+        with pytest.raises(NotShippableError):
+            pool.submit(lambda: lock).result(30)
+        assert pool.submit(square, 3).result(30) == 9
+        mixed = [pool.submit(lambda n: n if n != 5 else threading.Lock(), n) for n in range(10)]
+        assert [f.result() for n, f in enumerate(mixed) if n != 5] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+        assert isinstance(mixed[5].exception(), NotShippableError)
+
+
+def test_arrays_cross_as_views() -> None:
+    with ProcessPoolExecutor(2) as pool:
+        array = np.arange(300_000.0)
+        results = list(pool.map(np.negative, [array] * 6))
+        assert all(np.array_equal(r, -array) for r in results)
+        assert not results[0].flags.writeable
+
+
+def test_max_tasks_per_child_and_mp_context() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=2) as pool:
+        pids = [pool.submit(pid_and, n).result(60)[0] for n in range(6)]
+        assert len(set(pids)) == 3
+    with pytest.raises(ValueError):
+        ProcessPoolExecutor(1, max_tasks_per_child=0)
+    with pytest.raises(TypeError):
+        ProcessPoolExecutor(1, max_tasks_per_child="x")  # type: ignore[arg-type]
+
+
+def test_a_bounded_map_pulls_its_input_lazily() -> None:
+    pulled: list[int] = []
+
+    def source() -> Any:
+        for n in range(1000):
+            pulled.append(n)
+            yield n
+
+    with ProcessPoolExecutor(1) as pool:
+        results = pool.map(square, source(), buffersize=8)
+        assert next(results) == 0
+        assert len(pulled) <= 10
+        assert sum(1 for _ in results) == 999
+
+
+def test_many_threads_submit_at_once() -> None:
+    with ProcessPoolExecutor(2) as pool:
+        found: list[int] = []
+
+        def client(base: int) -> None:
+            found.extend(f.result() for f in [pool.submit(square, base + n) for n in range(500)])
+
+        threads = [threading.Thread(target=client, args=(n * 500,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == [n * n for n in range(3000)]
+
+
+SCRIPT = """
+from stageflow_executors.futures import ProcessPoolExecutor, ThreadPoolExecutor
+class Doc:
+    def __init__(self, n): self.n = n
+def make(n): return Doc(n)
+def read(doc): return doc.n + bonus()
+def bonus(): return 100
+pool, threads = ProcessPoolExecutor(2), ThreadPoolExecutor(2)
+docs = list(pool.map(make, range(5)))
+assert all(type(d) is Doc for d in docs)
+print(list(pool.map(read, docs)), threads.submit(bonus).result(), flush=True)
+pool.submit(print, 1)
+pending = [pool.submit(make, n) for n in range(50)]
+"""
+
+
+def test_a_script_without_guard_or_shutdown_ends_cleanly(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    found = subprocess.run([sys.executable, "-X", "dev", str(script)], capture_output=True, text=True, timeout=50)
+    assert found.stdout.splitlines() == ["[100, 101, 102, 103, 104] 100"]
+    assert "Traceback" not in found.stderr
+    assert found.returncode == 0

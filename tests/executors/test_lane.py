@@ -1,0 +1,251 @@
+"""The process lane as its users meet it: what a worker holds, who may share it, how it grows and shrinks."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stageflow.core.errors import DefinitionError, LaneClosedError
+from stageflow_executors.processes.pool import ProcessExecutor
+from stageflow_executors.processes.supply import WorkerSupply
+
+FORBIDDEN = {
+    "numpy", "rich", "click", "opentelemetry", "uvloop", "asyncio", "multiprocessing", "psutil", "tenacity", "pyarrow",
+    "stageflow.scheduler", "stageflow.runtime", "stageflow.cli", "stageflow.report", "stageflow.pipeline", "stageflow.store",
+}  # fmt: skip
+
+
+def whoami() -> int:
+    return os.getpid()
+
+
+def spin(seconds: float) -> int:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return os.getpid()
+
+
+def run_script(tmp_path: Path, text: str, *arguments: str) -> str:
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=50)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_a_fresh_worker_is_bare(tmp_path: Path, start_method: str) -> None:
+    modules = run_script(
+        tmp_path,
+        """
+import asyncio, sys
+from stageflow_executors.processes.pool import ProcessExecutor
+async def main():
+    async with ProcessExecutor(1, start_method=sys.argv[1]) as executor:
+        print(*sorted(await executor.submit(eval, "list(__import__('sys').modules)")))
+asyncio.run(main())
+""",
+        start_method,
+    ).split()
+    assert "stageflow.core.executor" in modules
+    assert not FORBIDDEN & set(modules)
+
+
+def test_importing_the_package_is_light(tmp_path: Path) -> None:
+    modules = run_script(
+        tmp_path, "import stageflow_executors, stageflow_executors.futures, sys; print(*sys.modules)"
+    ).split()
+    heavy = {"numpy", "pyarrow", "rich", "click", "opentelemetry", "multiprocessing.shared_memory", "cloudpickle"}
+    assert not heavy & set(modules)
+    assert not {name for name in modules if name.startswith("stageflow.") and not name.startswith("stageflow.core")}
+
+
+@pytest.mark.parametrize("guard", ["", "if __name__ == '__main__':"])
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_what_main_defines_crosses_both_ways(tmp_path: Path, start_method: str, guard: str) -> None:
+    text = f"""
+import asyncio, dataclasses, sys
+from stageflow_executors.processes.pool import ProcessExecutor
+print("imported")
+@dataclasses.dataclass
+class Doc:
+    text: str
+class Special(Doc):
+    def loud(self): return helper(self.text)
+def helper(text): return text.upper()
+def make(text): return Special(text)
+def use(doc): return doc.loud(), isinstance(doc, Doc)
+async def main():
+    async with ProcessExecutor(2, start_method=sys.argv[1]) as executor:
+        doc = await executor.submit(make, "a")
+        assert type(doc) is Special
+        print(await executor.submit(use, doc), await executor.submit(lambda d: d.loud(), [Special("b")][0]))
+        global Late
+        class Late: pass
+        Late.__qualname__ = "Late"
+        print(type(await executor.submit(lambda v: v, Late())) is Late)
+{guard or "if True:"}
+    asyncio.run(main())
+"""
+    assert run_script(tmp_path, text, start_method).splitlines() == ["imported", "('A', True) B", "True"]
+
+
+async def test_calls_outside_the_open_lane_are_refused() -> None:
+    executor = ProcessExecutor(1)
+    with pytest.raises(LaneClosedError):
+        executor.submit(whoami)
+    async with executor:
+        assert await executor.submit(whoami) != os.getpid()
+    with pytest.raises(LaneClosedError):
+        executor.submit(whoami)
+    await executor.aclose()
+    with pytest.raises(DefinitionError):
+        ProcessExecutor(0)
+    with pytest.raises(DefinitionError):
+        ProcessExecutor(1, start_method="fork")
+
+
+def test_one_supply_serves_loops_one_after_the_other_and_side_by_side() -> None:
+    supply = WorkerSupply(2)
+    pids: set[int] = set()
+
+    async def use(n: int) -> None:
+        async with ProcessExecutor(supply=supply) as executor:
+            for _ in range(n):
+                pids.update(await asyncio.gather(*[executor.submit(spin, 0.002) for _ in range(8)]))
+
+    for _ in range(3):
+        asyncio.run(use(3))
+    assert len(pids) <= 2, "workers must stay warm between loops"
+    threads = [threading.Thread(target=lambda: asyncio.run(use(10))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+        assert not thread.is_alive(), "a lane starves"
+    assert len(pids) <= 2
+    supply.close()
+    assert supply.books.live() == 0
+
+
+@pytest.mark.uvloop
+async def test_two_lanes_on_one_worker_take_turns() -> None:
+    supply = WorkerSupply(1)
+    async with ProcessExecutor(supply=supply) as first, ProcessExecutor(supply=supply) as second:
+        order: list[str] = []
+
+        async def use(executor: ProcessExecutor, name: str) -> None:
+            async def one() -> None:
+                await executor.submit(spin, 0.01)
+                order.append(name)
+
+            await asyncio.gather(*[one() for _ in range(20)])
+
+        await asyncio.gather(use(first, "a"), use(second, "b"))
+        assert set(order[:12]) == {"a", "b"}, "one lane had to wait for the whole of the other"
+    supply.close()
+
+
+async def test_idle_workers_retire_by_themselves() -> None:
+    async with ProcessExecutor(2, idle_timeout=0.2) as executor:
+        first = set(await asyncio.gather(*[executor.submit(spin, 0.02) for _ in range(6)]))
+        while executor.supply.workers:
+            await asyncio.sleep(0.02)
+            executor.supply.pump()
+        second = set(await asyncio.gather(*[executor.submit(spin, 0.02) for _ in range(6)]))
+        assert not first & second
+
+
+async def test_recycling_by_growth_and_by_count() -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    async with ProcessExecutor(1, worker_memory_limit=50 << 20) as executor:
+        executor.on_worker_event = lambda name, fields: events.append((name, fields))
+        pid = await executor.submit(whoami)
+        await asyncio.sleep(0.15)
+        await executor.submit(exec, "import sys; sys.hoard = bytearray(b'x' * (120 << 20))")
+        later = await executor.submit(whoami)
+        if later == pid:  # the reading is at most every tenth of a second
+            await asyncio.sleep(0.15)
+            await executor.submit(whoami)
+            later = await executor.submit(whoami)
+        assert later != pid
+        assert any(name == "worker.recycled" and "grew" in fields["reason"] for name, fields in events)
+        assert not any(name == "worker.lost" for name, _ in events)
+    async with ProcessExecutor(1, max_tasks_per_child=3) as executor:
+        assert len({await executor.submit(whoami) for _ in range(9)}) == 3
+
+
+async def test_a_preload_that_fails_or_starts_threads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sf_bad_import.py").write_text("raise RuntimeError('broken on purpose')")
+    (tmp_path / "sf_starts_thread.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(30,), daemon=True).start()"
+    )
+    (tmp_path / "sf_good.py").write_text("import os\nIMPORTED_BY = os.getpid()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    async with ProcessExecutor(1, preload=["sf_bad_import", "sf_starts_thread", "sf_good"]) as executor:
+        server_side, worker = await executor.submit(eval, "(__import__('sf_good').IMPORTED_BY, __import__('os').getpid())")
+        assert server_side != worker, "sf_good was not imported in the fork server"
+        text = "\n".join(executor.supply.problems)
+        assert "sf_bad_import: RuntimeError: broken on purpose" in text
+        assert "sf_starts_thread: importing it starts threads" in text
+        assert await executor.submit(eval, "__import__('threading').active_count()") == 1
+
+
+async def test_a_users_fork_does_not_disturb_the_pool() -> None:
+    async with ProcessExecutor(1) as executor:
+        pid = await executor.submit(whoami)
+        child = os.fork()
+        if not child:
+            os._exit(0 if executor.supply.closed and not executor.supply.workers else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert await executor.submit(whoami) == pid
+
+
+async def test_nested_use_and_multiprocessing_in_a_worker() -> None:
+    def nested() -> tuple[str, int, int]:
+        import multiprocessing
+
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            mapped = pool.apply(abs, (-3,))
+
+        async def inner() -> int:
+            async with ProcessExecutor(1) as executor:
+                return int(await executor.submit(abs, -4))
+
+        return os.environ["STAGEFLOW_IN_WORKER"], mapped, asyncio.run(inner())
+
+    async with ProcessExecutor(1) as executor:
+        assert await executor.submit(nested) == ("1", 3, 4)
+
+
+async def test_short_calls_behind_a_long_one_go_elsewhere() -> None:
+    """A call sent ahead of need is taken back when the worker it waits for does not come to it."""
+    from stageflow.core.executor import Call, Outcome, Shipped
+
+    ends: list[int] = []
+    done = asyncio.Event()
+
+    def deliver(outcome: Outcome) -> None:
+        ends.append(outcome.call_id)
+        if len(ends) == 9:
+            done.set()
+
+    run = Shipped(lambda port, seconds: spin(seconds))
+    async with ProcessExecutor(2) as executor:
+        await asyncio.gather(executor.submit(spin, 0.05), executor.submit(spin, 0.05))
+        started = time.monotonic()
+        executor.start(Call(1, run, (1.0,), short=True), deliver)
+        for n in range(2, 10):
+            executor.start(Call(n, run, (0.001,), short=True), deliver)
+        while len(ends) < 8:
+            await asyncio.sleep(0.005)
+        assert time.monotonic() - started < 0.9
+        assert 1 not in ends
+        await done.wait()
