@@ -11,6 +11,7 @@ May not import: the pipeline, the scheduler, the runtime, any room above them, a
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import sys
 import threading
@@ -18,13 +19,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from stageflow.events.names import SPANS_RECORDED
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
+    from stageflow.context.attempt import Header, Program
     from stageflow.core.worker import WorkerPort
 
 #: The key of `Header.extras` that holds the W3C trace context of an attempt.
 TRACEPARENT: Final = "traceparent"
+#: The key of `Header.extras` that makes a `Traced` call record: the context the run was started in, or "".
+TRACE: Final = "trace"
 #: Spans one attempt may send; the others are counted.
 MAX_SPANS: Final = 1000
 
@@ -122,10 +128,53 @@ def attempt_scope(
         if collector is not None and port is not None:
             spans, dropped = collector.take(parsed[0])
             if spans or dropped:
-                data: dict[str, Any] = {"spans": spans, "dropped": dropped}
+                told: dict[str, Any] = {"type": SPANS_RECORDED, "data": {"spans": spans, "dropped": dropped}}
                 if item is not None:
-                    data["item"] = list(item)
-                port.note("spans", data)
+                    told["item"] = list(item)
+                port.note("event", told)
+
+
+class Traced:
+    """A stage's program inside the trace context of its attempt. Shipped instead of the program while somebody traces.
+
+    `streaming` programs (map, sink, reduce) run blocks of items: what they record belongs to the stage's span.
+    """
+
+    __slots__ = ("program", "streaming")
+
+    def __init__(self, program: Program, *, streaming: bool) -> None:
+        self.program = program
+        self.streaming = streaming
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _traced, (self.program, self.streaming)
+
+    def _extras(self, header: Header) -> dict[str, str] | None:
+        inherited = (header.extras or {}).get(TRACE)
+        if inherited is None:
+            return None
+        attempt = None if self.streaming else header.attempt
+        return {TRACEPARENT: traceparent_of(header.run_id, self.program.name, attempt, inherited=inherited)}
+
+    def __call__(self, port: WorkerPort, header: Header, *args: Any) -> Any:
+        """As the program's own call."""
+        if inspect.isgeneratorfunction(type(self.program).__call__):
+            return self._parts(port, header, *args)
+        with attempt_scope(port, self._extras(header), header.item):
+            return self.program(port, header, *args)
+
+    def _parts(self, port: WorkerPort, header: Header, *args: Any) -> Iterator[Any]:
+        with attempt_scope(port, self._extras(header), header.item):
+            yield from self.program(port, header, *args)
+
+    async def run_async(self, port: WorkerPort, header: Header, *args: Any) -> Any:
+        """As the program's own."""
+        with attempt_scope(port, self._extras(header), header.item):
+            return await self.program.run_async(port, header, *args)
+
+
+def _traced(program: Program, streaming: bool) -> Traced:
+    return Traced(program, streaming=streaming)
 
 
 def _attach(parsed: tuple[str, str, int]) -> Any:

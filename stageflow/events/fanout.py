@@ -70,6 +70,7 @@ class FanOut:
         self._failed_items: dict[tuple[str | None, str | None], set[tuple[int, ...]]] = {}
         self.listening = False
         self.wants_items = False
+        self.wants_spans = False
         for sink in sinks:
             self.add(sink)
 
@@ -98,6 +99,8 @@ class FanOut:
         self._entries = entries
         self.listening = bool(entries)
         self.wants_items = any(entry.wants_items for entry in entries)
+        #: a sink exports traces: attempts get a trace context, and the spans of workers come back as events
+        self.wants_spans = any(getattr(entry.sink, "wants_spans", False) for entry in entries)
 
     @property
     def sinks(self) -> tuple[EventSink, ...]:

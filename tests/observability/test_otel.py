@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode
 
 from stageflow.context import tracing
+from stageflow.context.attempt import Header
 from stageflow.core.errors import DefinitionError
 from stageflow.events.event import Event
 from stageflow.events.fanout import FanOut
@@ -200,8 +201,9 @@ def test_spans_of_a_worker_become_children_of_their_attempt(docs_run: list[Event
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     kind, data = json.loads(line)
-    assert (kind, data["item"], data["dropped"]) == ("spans", [4], 0)
-    event = Event("spans.recorded", docs_run[-1].time_unix_ns, 1, "run-1", "summary", None, 2, "process", data)
+    assert (kind, data["type"], data["item"], data["data"]["dropped"]) == ("event", "spans.recorded", [4], 0)
+    when = docs_run[-1].time_unix_ns
+    event = Event("spans.recorded", when, 1, "run-1", "summary", None, 2, "process", data["data"])
     spans = export([*docs_run[:-1], event, docs_run[-1]])
     by_id = {ident(span): span for span in spans}
     inner = next(s for s in spans if s.name == "inner")
@@ -224,6 +226,41 @@ def test_in_the_engines_own_process_only_the_context_is_set() -> None:
     with tracing.attempt_scope(port, {"traceparent": tracing.traceparent_of("r", "s", 1)}):  # type: ignore[arg-type]
         assert tracing.current_traceparent() == tracing.traceparent_of("r", "s", 1)
     assert port.notes == []
+    assert tracing.current_traceparent() is None
+
+
+class Program:
+    """As much of a stage's program as a traced call needs."""
+
+    name = "parse"
+
+    def __call__(self, port: Any, header: Header, *args: Any) -> Any:
+        return tracing.current_traceparent()
+
+    async def run_async(self, port: Any, header: Header, *args: Any) -> Any:
+        return tracing.current_traceparent()
+
+
+class Parts(Program):
+    def __call__(self, port: Any, header: Header, *args: Any) -> Any:
+        for _ in args:
+            yield tracing.current_traceparent()
+
+
+async def test_a_traced_program_runs_inside_the_context_of_its_attempt() -> None:
+    port = Port()
+    port.lane = "thread"
+    on = Header("run-1", 2, extras={tracing.TRACE: ""})
+    plain: Any = tracing.Traced(Program(), streaming=False)  # type: ignore[arg-type]
+    assert plain(port, on) == tracing.traceparent_of("run-1", "parse", 2)
+    assert await plain.run_async(port, on) == tracing.traceparent_of("run-1", "parse", 2)
+    assert plain(port, Header("run-1", 2)) is None
+    stream: Any = tracing.Traced(Parts(), streaming=True)  # type: ignore[arg-type]
+    assert list(stream(port, on, 1, 2)) == [tracing.traceparent_of("run-1", "parse")] * 2
+    outer = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    inside = plain(port, Header("run-1", 1, extras={tracing.TRACE: outer}))
+    assert inside.startswith("00-0af7651916cd43dd8448eb211c80319c-")
+    assert inside.endswith("-00")
     assert tracing.current_traceparent() is None
 
 
