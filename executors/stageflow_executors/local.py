@@ -128,7 +128,7 @@ class LocalPort:
         return Outcome(
             self.call.id,
             OutcomeKind.CANCELLED if cancelled else OutcomeKind.ERROR,
-            error=capture(error, lane=self.lane, worker_pid=_pid, keep_pickle=False, skip_frames=1),
+            error=capture(error, lane=self.lane, worker_pid=_pid, skip_frames=1),
             exception=error,
             worker_pid=_pid,
             started=self.started,
