@@ -1276,9 +1276,7 @@ class FlowRules:
         for place, index in enumerate(indices):
             hi = segment.hi if place == len(indices) - 1 else index + 1
             single = segment.cut(lo, hi)
-            self._put_back(
-                stream, Segment(lo, hi, single.mask, single.columns, now, segment.deaths, 1, apart=True)
-            )
+            self._put_back(stream, Segment(lo, hi, single.mask, single.columns, now, segment.deaths, 1, apart=True))
             lo = hi
 
     def _reduce_over(self: Machine, run: Run, stream: Stream, now: float) -> None:

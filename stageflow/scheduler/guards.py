@@ -101,15 +101,19 @@ class GuardRules:
                 self._move(run, stage, _S.WAITING)
             run.tries.pop(stage, None)
             run.previous_delay.pop(stage, None)
+            run.first_start.pop(stage, None)
+            run.skip_hints.pop(stage, None)
+            run.blocked_by.pop(stage, None)
             run.feedback[stage] = feedback
             if was_over:
                 run.open += 1
                 # its end was already counted by those outside the path: they will be told again
-                for reader in layout.dependents[stage]:
+                for reader in (*layout.dependents[stage], *layout.gated_by.get(stage, ())):
                     if reader not in inside:
                         run.waiting[reader] += 1
         for stage in path:
-            run.waiting[stage] = sum(1 for dep in layout.graph.deps[stage] if dep in inside)
+            needed = (*layout.graph.deps[stage], *layout.gates.get(stage, ()))
+            run.waiting[stage] = sum(1 for dep in needed if dep in inside)
         self._came_ready(run, path[0], now)
 
     def _guard_passed(self: Machine, run: Run, guard: int, failed: bool = False) -> None:

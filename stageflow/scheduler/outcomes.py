@@ -284,6 +284,9 @@ class OutcomeRules:
             for dep in absent:
                 if dep in required:
                     return f"input_absent: {layout.name(dep)}"
+        over = layout.specs[stage].over
+        if over in absent and stage in layout.expands:
+            return f"input_absent: {layout.name(over)}"
         if callable(policies.when):
             return "decide"
         return None

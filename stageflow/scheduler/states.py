@@ -35,9 +35,10 @@ LEGAL: Final[Mapping[StageState, frozenset[StageState]]] = {
     _S.RUNNING: frozenset({_S.READY, _S.BACKOFF, _S.DONE, _S.SKIPPED, _S.FAILED, _S.CANCELLED, _S.WAITING}),
     _S.BACKOFF: frozenset({_S.READY, _S.FAILED, _S.CANCELLED}),
     _S.FLOWING: frozenset({_S.DONE, _S.SKIPPED, _S.FAILED, _S.CANCELLED}),
-    _S.DONE: frozenset({_S.WAITING}),  # only on a guard's retry path
-    _S.SKIPPED: frozenset(),
-    _S.FAILED: frozenset(),
+    # back to WAITING: only on a guard's retry path
+    _S.DONE: frozenset({_S.WAITING}),
+    _S.SKIPPED: frozenset({_S.WAITING}),
+    _S.FAILED: frozenset({_S.WAITING}),
     _S.CANCELLED: frozenset(),
 }
 
