@@ -10,6 +10,7 @@ from typing import Any
 
 from stageflow.context.attempt import CallPlan, Program, Slot
 from stageflow.context.items import ItemProgram, ReduceProgram
+from stageflow.context.tracing import Traced
 from stageflow.core.executor import Shipped
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.graph import StageGraph
@@ -26,7 +27,7 @@ class StageCode:
     nobody could read the snapshot.
     """
 
-    __slots__ = ("passes_snapshot", "program", "shipped", "shipped_async", "sources")
+    __slots__ = ("_modules", "_traced", "passes_snapshot", "program", "shipped", "shipped_async", "sources")
 
     def __init__(self, program: Program, sources: tuple[int | str, ...], modules: tuple[str, ...]) -> None:
         self.program = program
@@ -34,6 +35,19 @@ class StageCode:
         self.passes_snapshot = program.plan.wants_ctx
         self.shipped = Shipped(program, label=program.name, modules=modules)
         self.shipped_async = Shipped(program.run_async, label=program.name)
+        self._modules = modules
+        self._traced: tuple[Shipped, Shipped] | None = None
+
+    def call(self, lane: str, trace: str | None) -> Shipped:
+        """What to run in `lane`; inside the trace context of its attempt where `trace` is not None."""
+        on_loop = lane in ("async", "inline")
+        if trace is None:
+            return self.shipped_async if on_loop else self.shipped
+        if self._traced is None:
+            traced = Traced(self.program, streaming=type(self.program) is not Program)
+            name = self.program.name
+            self._traced = Shipped(traced, label=name, modules=self._modules), Shipped(traced.run_async, label=name)
+        return self._traced[on_loop]
 
 
 class GraphCode:

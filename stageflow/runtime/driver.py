@@ -20,6 +20,7 @@ import msgspec
 
 from stageflow.context.attempt import ABSENT, Header
 from stageflow.context.items import Done, ItemFailure, Piece, mask_from_wire
+from stageflow.context.tracing import TRACE, current_traceparent
 from stageflow.core.errors import InvariantError, StageflowError
 from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Payload
 from stageflow.core.failure import capture
@@ -45,6 +46,8 @@ MOST_ROUNDS: Final = 64  # turns of signals and actions before the loop gets its
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
+#: role -> the word for it in `run.started`
+_SHAPES: Final = {Role.TASK: "stage", Role.SOURCE: "source", Role.MAP: "map", Role.REDUCE: "reduce", Role.SINK: "sink"}
 #: every driver of this process: `ctx.spawn` finds the run of an attempt by it
 live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
@@ -198,6 +201,9 @@ class Driver:
         job.started = self.clock.monotonic()
         job.started_ns = self.clock.time_ns()
         listening = self.events.listening or job.sinks is not None
+        if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
+            job.trace = current_traceparent() or ""
+            job.header = None  # each attempt is told its trace
         if job.token is not None:
             token = job.token
             job.unlink = token.on_cancel(lambda reason: self.cancel_threadsafe(job, reason))
@@ -284,6 +290,8 @@ class Driver:
             extras = {**(extras or {}), "feedback": feedback}
         if job.depth:
             extras = {**(extras or {}), "depth": job.depth}
+        if job.trace is not None:
+            extras = {**(extras or {}), TRACE: job.trace}
         deadline = None
         policies = spec.policies
         if policies is not DEFAULT_POLICIES and policies.timeout is not None:
@@ -355,7 +363,7 @@ class Driver:
             values = self._values(job, code.sources, lane, executor)
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
             header = self._header(job, action, spec)
-            shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
+            shipped = code.call(lane, job.trace)
             policies = spec.policies
             call = Call(
                 action.task,
@@ -428,7 +436,7 @@ class Driver:
             pieces, lists = self._pieces(job, action.segments, len(commons), lane)
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
             header = self._header(job, action, spec)
-            shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
+            shipped = code.call(lane, job.trace)
             call = Call(
                 action.task,
                 shipped,
@@ -476,7 +484,7 @@ class Driver:
         try:
             code = job.code.stage(action.stage)
             handles = job.book.handles
-            shipped = code.shipped_async if lane in ("async", "inline") else code.shipped
+            shipped = code.call(lane, job.trace)
             header = self._header(job, action, spec)
             args: tuple[Any, ...]
             if action.job == "merge":
@@ -1040,11 +1048,18 @@ class Driver:
     def _run_data(self, job: Job) -> dict[str, Any]:
         graph = job.graph
         specs = graph.specs
-        data: dict[str, Any] = {"pipeline": graph.name, "workers": self.machine.lanes["process"].slots}
+        data: dict[str, Any] = {
+            "pipeline": graph.name,
+            "workers": self.machine.lanes["process"].slots,
+            "monotonic": self.clock.monotonic(),
+        }
+        if job.trace:
+            data["traceparent"] = job.trace
         if len(specs) <= 10_000:
             data["stages"] = [spec.name for spec in specs]
             data["lanes"] = {spec.name: lane for spec, lane in zip(specs, job.code.lanes, strict=True)}
             data["kinds"] = {spec.name: str(spec.kind) for spec in specs}
+            data["shapes"] = {spec.name: _SHAPES[spec.role] for spec in specs}
             data["edges"] = [[specs[dep].name, spec.name] for i, spec in enumerate(specs) for dep in graph.deps[i]]
         data.update(job.identity.ids())
         data.pop("pipeline_run_id", None)

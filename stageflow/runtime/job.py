@@ -57,6 +57,7 @@ class Job:
         "stats",
         "survivors",
         "token",
+        "trace",
         "unlink",
     )
 
@@ -99,6 +100,7 @@ class Job:
         self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
         self.snapshot_wire: Any = None
         self.token: CancellationToken | None = None
+        self.trace: str | None = None  # the trace context it was started in ("" for none), while somebody traces
         self.unlink: Callable[[], None] | None = None
         self.started = 0.0
         self.started_ns = 0
