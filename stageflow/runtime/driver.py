@@ -52,18 +52,14 @@ _SHAPES: Final = {Role.TASK: "stage", Role.SOURCE: "source", Role.MAP: "map", Ro
 live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 
-class Running:
-    """One attempt under way, as the driver knows it."""
+class Running(msgspec.Struct, eq=False):
+    """One attempt under way, as the driver knows it. `claim` is what acts around it, if anything."""
 
-    __slots__ = ("action", "claim", "executor", "history", "job", "since")
-
-    def __init__(self, job: Job, action: Any, executor: Executor, since: float) -> None:
-        self.job = job
-        self.action = action
-        self.executor = executor
-        self.since = since
-        self.claim: Any = None  # of the idempotency store
-        self.history: Any = None
+    job: Job
+    action: Any
+    executor: Executor
+    since: float
+    claim: Any = None
 
 
 class Driver:
@@ -524,11 +520,14 @@ class Driver:
         job, action = running.job, running.action
         ended = sig.AttemptEnded(
             action.task,
-            seconds=outcome.seconds,
-            cpu_seconds=outcome.cpu_seconds,
-            bytes_in=outcome.bytes_in,
-            worker_pid=outcome.worker_pid,
-            started=outcome.started,
+            "ok",
+            0,
+            0,
+            outcome.seconds,
+            outcome.cpu_seconds,
+            outcome.bytes_in,
+            outcome.worker_pid,
+            outcome.started,
         )
         kind = outcome.kind
         if kind == OutcomeKind.OK:

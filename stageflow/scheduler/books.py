@@ -7,58 +7,36 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.streams import Segment, Stream
 
 
-class Task:
-    """One attempt under way. `segments` and `job` are set for blocks and folds."""
+class Task(msgspec.Struct, eq=False):
+    """One attempt under way. `segments` and `job` are set for blocks and folds. A Struct: made in C, once per attempt."""
 
-    __slots__ = (
-        "accumulators",
-        "attempt",
-        "begun",
-        "deadline",
-        "id",
-        "items",
-        "job",
-        "lane",
-        "limit",
-        "node",
-        "reported",
-        "run",
-        "segments",
-        "since",
-        "spawning",
-        "stage",
-        "stopping",
-        "stream",
-        "timer",
-        "tokens",
-    )
-
-    def __init__(self, id: int, run: Run, stage: int, lane: str, attempt: int) -> None:
-        self.id = id
-        self.run = run
-        self.stage = stage
-        self.lane = lane
-        self.attempt = attempt
-        self.stream: Stream | None = None
-        self.segments: list[Segment] | None = None
-        self.items = 0
-        self.job: str | None = None
-        self.node: Any = None
-        self.accumulators: tuple[int, ...] = ()
-        self.timer = 0
-        self.begun = 0.0  # when it was handed to its lane
-        self.deadline: float | None = None  # of the stage in total, all attempts and waits
-        self.limit = 0.0  # the time that was used up, in seconds
-        self.stopping: str | None = None  # "timeout" or the reason of a cancel
-        self.tokens: dict[str, tuple[int, ...]] | None = None
-        self.since = 0.0
-        self.reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked
-        self.spawning = False
+    id: int
+    run: Run
+    stage: int
+    lane: str
+    attempt: int
+    since: float = 0.0
+    stream: Stream | None = None
+    segments: list[Segment] | None = None
+    items: int = 0
+    job: str | None = None
+    node: Any = None
+    accumulators: tuple[int, ...] = ()
+    timer: int = 0
+    begun: float = 0.0  # when it was handed to its lane
+    deadline: float | None = None  # of the stage in total, all attempts and waits
+    limit: float = 0.0  # the time that was used up, in seconds
+    stopping: str | None = None  # "timeout" or the reason of a cancel
+    tokens: dict[str, tuple[int, ...]] | None = None
+    reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked
+    spawning: bool = False
 
 
 class Run:

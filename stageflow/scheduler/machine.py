@@ -419,8 +419,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self._next_task = id = self._next_task + 1
         attempt = run.tries.get(stage, 0) + 1 if run.tries else 1
         name = lane.name
-        task = Task(id, run, stage, name, attempt)
-        task.since = since
+        task = Task(id, run, stage, name, attempt, since)
         layout = run.layout
         lane.used += 1
         run.running += 1

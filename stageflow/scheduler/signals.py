@@ -42,6 +42,11 @@ class AttemptEnded(Signal):
     status: str = "ok"
     handle: int = 0
     nbytes: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    bytes_in: int = 0
+    worker_pid: int = 0
+    started: float = 0.0
     route: tuple[str, ...] | None = None
     error: ErrorInfo | None = None
     reason: str | None = None
@@ -54,11 +59,6 @@ class AttemptEnded(Signal):
     skip_hint: str | None = None
     digest: str | None = None  #: of the failing output, for guards
     abandoned: bool = False
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    bytes_in: int = 0
-    worker_pid: int = 0
-    started: float = 0.0
     cached: bool = False
 
 
