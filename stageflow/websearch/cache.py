@@ -59,10 +59,14 @@ class DiskCache:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
-        self._size = int(self._db.execute("SELECT coalesce(sum(size), 0) FROM responses").fetchone()[0])
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(_SCHEMA)
+            self._size = int(self._db.execute("SELECT coalesce(sum(size), 0) FROM responses").fetchone()[0])
+        except BaseException:
+            self._db.close()
+            raise
 
     def get(self, url: str) -> StoredResponse | None:
         """What is kept for `url`."""

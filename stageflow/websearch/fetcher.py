@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 import msgspec
 
+from stageflow.core.errors import DefinitionError
 from stageflow.websearch import urls
 from stageflow.websearch.addresses import AddressPolicy
 from stageflow.websearch.cache import DiskCache, StoredResponse, may_store
@@ -172,7 +174,10 @@ class HttpxFetcher:
         if self.config.cookies and self._jar is None:
             self._jar = Cookies()
         if self.config.cache_path is not None:
-            self._cache = DiskCache(self.config.cache_path, max_bytes=self.config.cache_max_bytes)
+            try:
+                self._cache = DiskCache(self.config.cache_path, max_bytes=self.config.cache_max_bytes)
+            except sqlite3.Error as error:
+                raise DefinitionError(f"{self.config.cache_path} cannot be a cache: {error}") from error
         self._transport = CheckedTransport(self.config, self.policy, resolver=self._resolver or resolve)
         return self._transport
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -35,10 +36,16 @@ class CrawlJournal:
     def _open(self) -> sqlite3.Connection:
         if self._db is None:
             db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=30.0)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.executescript(_SCHEMA)
+            try:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=NORMAL")
+                db.executescript(_SCHEMA)
+            except BaseException:
+                db.close()
+                raise
             self._db = db
+            # stages hold journals and nobody closes a stage: the file is closed with the last reference
+            weakref.finalize(self, db.close)
         return self._db
 
     def __reduce__(self) -> tuple[type[CrawlJournal], tuple[str]]:

@@ -163,7 +163,7 @@ async def test_a_calendar_without_depth_bound_is_ended_by_its_shape(site: Site) 
 
 
 async def test_an_interrupted_crawl_goes_on_without_loss_or_repeat(site: Site, tmp_path: Path) -> None:
-    generated_site(site, 60)
+    generated_site(site, 40)
     rules = CrawlConfig(max_pages=500, max_depth=10, max_same_shape=80)
     done: list[str] = []
     with CrawlJournal(tmp_path / "crawl.db") as journal:
@@ -179,7 +179,7 @@ async def test_an_interrupted_crawl_goes_on_without_loss_or_repeat(site: Site, t
             rest = [page.url async for page in client.crawl_iter(site.url, rules, journal=journal)]
             assert done[-1] in rest  # what was not finished comes again
             assert not set(done[:-1]) & set(rest)  # what was finished does not
-            assert {f"{site.url}/p/{n}.html" for n in range(60)} <= {*done, *rest}
+            assert {f"{site.url}/p/{n}.html" for n in range(40)} <= {*done, *rest}
             assert len(rest) == len(set(rest))
             assert [page async for page in client.crawl_iter(site.url, rules, journal=journal)] == []
         assert journal.counts()["finished"] == journal.counts()["known"]

@@ -60,6 +60,13 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+def test_a_file_that_is_no_cache_exits_2(site: Site, tmp_path: Path) -> None:
+    spoiled = tmp_path / "cache.db"
+    spoiled.write_text("spoiled " * 1000)
+    out = run("fetch", site.url, "--allow-private", "--cache", str(spoiled))
+    assert (out.exit_code, "cannot be a cache" in out.stderr) == (2, True)
+
+
 def test_a_wrong_selector_exits_2(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<p>x</p>")
