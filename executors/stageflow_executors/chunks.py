@@ -25,8 +25,8 @@ Item = tuple[Any, ...] | bytes
 class Chunk:
     """Runs a list of items; yields (index of the first, results) whenever a millisecond of results has gathered.
 
-    A result is (value,) for exact scalars, its pickle for other small values, None for one that travels by itself (the Reply's
-    value), or an ErrorInfo. Progress on the status page names the item that runs, for blame.
+    A result is (value,) for exact scalars, its pickle for other small values, None for one that travels by itself
+    (the Reply's value), or an ErrorInfo. Progress on the status page names the item that runs, for blame.
     """
 
     __slots__ = ("function",)

@@ -1,8 +1,8 @@
 """Drop-in executors: `concurrent.futures` on the process lane's workers and shared memory, and on threads of our own.
 
-`ProcessPoolExecutor` runs the lane on a private loop in a thread of its own. Submitting threads put calls into a deque and wake that
-thread once per batch; short calls of one function travel many at a time. A lost worker costs the one future it concerns: its error
-is a `WorkerDiedError` and a `BrokenProcessPool`; the pool goes on.
+`ProcessPoolExecutor` runs the lane on a private loop in a thread of its own. Submitting threads put calls into a
+deque and wake that thread once per batch; short calls of one function travel many at a time. A lost worker costs the
+one future it concerns: its error is a `WorkerDiedError` and a `BrokenProcessPool`; the pool goes on.
 
 May import `stageflow.core` and `stageflow_executors` only.
 """
@@ -18,6 +18,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +53,9 @@ class _Work:
 
     __slots__ = ("args", "fn", "future", "item", "kwargs")
 
-    def __init__(self, future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.future = future
         self.fn = fn
         self.args = args
@@ -89,7 +92,8 @@ def _resolve(future: Future[Any], info: ErrorInfo) -> None:
 class ProcessPoolExecutor(concurrent.futures.Executor):
     """`concurrent.futures.ProcessPoolExecutor`, with workers that may die and arrays that cross without being copied.
 
-    `mp_context` is only asked for its start method: "spawn" starts workers by exec, anything else by our own fork server.
+    `mp_context` is only asked for its start method: "spawn" starts workers by exec, anything else by our own fork
+    server.
     """
 
     def __init__(
@@ -159,7 +163,8 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[Any]:
-        """As the standard's. `buffersize` bounds how many results may wait to be taken; chunks are made by themselves."""
+        """As the standard's. `buffersize` bounds how many results may wait to be taken; chunks are made by themselves.
+        """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and buffersize < 1:
@@ -396,7 +401,9 @@ def _importable(function: Callable[..., object]) -> bool:
 
 
 class ThreadPoolExecutor(concurrent.futures.Executor):
-    """`concurrent.futures.ThreadPoolExecutor` with last-in-first-out reuse of idle threads, which keeps few of them warm."""
+    """`concurrent.futures.ThreadPoolExecutor` with last-in-first-out reuse of idle threads, which keeps few of them
+    warm.
+    """
 
     def __init__(
         self,
@@ -483,7 +490,7 @@ class ThreadPoolExecutor(concurrent.futures.Executor):
     def _initializer_failed(self) -> None:
         import logging
 
-        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:\n%s", traceback.format_exc())
         with self._lock:
             self._broken = "A thread initializer failed, the thread pool is not usable anymore"
             dropped, self._work = list(self._work), deque()

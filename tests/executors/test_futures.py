@@ -81,7 +81,13 @@ def test_submit_map_and_errors(kind: Any) -> None:
         done, pending = cf.wait([pool.submit(square, n) for n in range(10)])
         assert len(done) == 10
         assert not pending
-        assert sorted(f.result() for f in cf.as_completed([pool.submit(square, n) for n in range(5)])) == [0, 1, 4, 9, 16]
+        assert sorted(f.result() for f in cf.as_completed([pool.submit(square, n) for n in range(5)])) == [
+            0,
+            1,
+            4,
+            9,
+            16,
+        ]
     with pytest.raises(RuntimeError):
         pool.submit(square, 1)
 
@@ -141,7 +147,9 @@ def test_a_failing_initializer_breaks_the_pool(kind: Any) -> None:
 async def test_run_in_executor(kind: Any) -> None:
     with kind(2) as pool:
         loop = asyncio.get_running_loop()
-        assert await asyncio.gather(*[loop.run_in_executor(pool, square, n) for n in range(20)]) == [n * n for n in range(20)]
+        assert await asyncio.gather(*[loop.run_in_executor(pool, square, n) for n in range(20)]) == [
+            n * n for n in range(20)
+        ]
 
 
 def test_a_lost_worker_costs_one_future() -> None:

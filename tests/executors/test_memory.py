@@ -67,7 +67,8 @@ class Name(str):
 
 SHARED = [1]
 VALUES: list[Any] = [
-    None, True, 0, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, 2**70, 1.5, float("inf"), -0.0, "", "text", "ünï", "a\udce9",
+    None, True, 0, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, 2**70, 1.5, float("inf"), -0.0, "", "text",
+    "ünï", "a\udce9",
     b"", b"bytes", bytearray(b"array"), bytearray(5000), 1j, Name("sub"), Colour.RED, [], [1, "a"], (1, 2), {1: (2,)},
     {"k": [None]}, {1, 2}, frozenset({1}), Point(1, 2), [SHARED, SHARED], Counting(1), collections.Counter("aab"),
     collections.defaultdict(list, {1: [2]}), collections.OrderedDict(a=1), datetime.datetime.now(datetime.UTC),
@@ -77,10 +78,14 @@ VALUES: list[Any] = [
     bytearray(b"z" * 300_000), ["w" * 300_000, b"v" * 300_000], {"deep": [b"u" * 100_000]}, list(range(100_000)),
 ]  # fmt: skip
 ARRAYS: list[Any] = [
-    np.arange(5), np.arange(100_000.0), np.arange(12).reshape(3, 4), np.asfortranarray(np.arange(200_000.0).reshape(400, 500)),
-    np.arange(400_000)[::2], np.arange(20)[::-1], np.array(3.5), np.empty((0, 3)), np.array(["a", "bb"]), np.array([True]),
-    np.array([("a", 1)], dtype=[("n", "U5"), ("v", "i4")]), np.array([None, {}], dtype=object), np.array(["2020"], "M8[D]"),
-    np.arange(5, dtype=">i4"), np.float32(2.5), np.ma.array([1, 2], mask=[0, 1]), np.zeros((3, 0, 2)), np.arange(6, dtype=np.float16),
+    np.arange(5), np.arange(100_000.0), np.arange(12).reshape(3, 4),
+    np.asfortranarray(np.arange(200_000.0).reshape(400, 500)),
+    np.arange(400_000)[::2], np.arange(20)[::-1], np.array(3.5), np.empty((0, 3)), np.array(["a", "bb"]),
+    np.array([True]),
+    np.array([("a", 1)], dtype=[("n", "U5"), ("v", "i4")]), np.array([None, {}], dtype=object),
+    np.array(["2020"], "M8[D]"),
+    np.arange(5, dtype=">i4"), np.float32(2.5), np.ma.array([1, 2], mask=[0, 1]), np.zeros((3, 0, 2)),
+    np.arange(6, dtype=np.float16),
 ]  # fmt: skip
 
 
@@ -150,7 +155,9 @@ async def test_every_value_comes_back_the_same(supply: WorkerSupply) -> None:
         for value in VALUES + ARRAYS:
             back = await executor.submit(identity, value)
             assert same(value, back), (value, back)
-            assert pickle.dumps(value) == pickle.dumps(back) or isinstance(value, np.ndarray | set | frozenset | list | dict)
+            assert pickle.dumps(value) == pickle.dumps(back) or isinstance(
+                value, np.ndarray | set | frozenset | list | dict
+            )
         shared = await executor.submit(identity, [SHARED, SHARED])
         assert shared[0] is shared[1]
     assert supply.books.live() == 0
@@ -185,7 +192,9 @@ async def test_arrays_are_read_only_views_and_results_outlive_the_pool() -> None
 
 
 async def test_a_kept_input_keeps_its_bytes(supply: WorkerSupply) -> None:
-    """The case that corrupts silently: a slice of an input outlives the call; its block must not be given to the next value."""
+    """The case that corrupts silently: a slice of an input outlives the call; its block must not be given to the
+    next value.
+    """
     executor = ProcessExecutor(1, supply=supply)
     async with executor:
         for n in range(20):
@@ -193,7 +202,9 @@ async def test_a_kept_input_keeps_its_bytes(supply: WorkerSupply) -> None:
             assert await executor.submit(keep, array) == n
         assert await executor.submit(kept_values) == [float(n) for n in range(20)]
         assert supply.books.live() == 20
-        await executor.submit(exec, "import gc, sys; sys.modules['tests.executors.test_memory'].KEPT.clear(); gc.collect()")
+        await executor.submit(
+            exec, "import gc, sys; sys.modules['tests.executors.test_memory'].KEPT.clear(); gc.collect()"
+        )
         await executor.submit(identity, 1)
         assert supply.books.live() == 0
 
@@ -230,7 +241,9 @@ async def test_a_chain_passes_bytes_without_the_parent(supply: WorkerSupply) -> 
 async def test_encode_is_shared_by_many_calls(supply: WorkerSupply) -> None:
     async with ProcessExecutor(2, supply=supply) as executor:
         payload = await asyncio.to_thread(executor.encode, np.arange(200_000.0))
-        outcomes = await asyncio.gather(*[call(executor, lambda port, a, n: float(a[n]), payload, n) for n in range(20)])
+        outcomes = await asyncio.gather(
+            *[call(executor, lambda port, a, n: float(a[n]), payload, n) for n in range(20)]
+        )
         assert [o.value.load() for o in outcomes] == list(map(float, range(20)))
         assert payload.load()[5] == 5.0
         assert supply.books.live() == 1
@@ -242,13 +255,17 @@ async def test_writable_gives_private_pages(supply: WorkerSupply) -> None:
     async with ProcessExecutor(1, supply=supply) as executor:
         payload = executor.encode(np.arange(100_000.0))
         for value in (payload, np.arange(3.0), {"a": np.arange(50_000.0), "b": np.arange(70_000.0)}):
-            function = scribble if not isinstance(value, dict) else lambda port, d: sum(scribble(port, v) for v in d.values())
+            function = (
+                scribble if not isinstance(value, dict) else lambda port, d: sum(scribble(port, v) for v in d.values())
+            )
             outcome = await call(executor, function, value, writable=True)
             assert outcome.kind is OutcomeKind.OK, outcome.error
         assert payload.load()[99_999] == 99_999.0, "the shared bytes were changed"
         payload.release()
         for n in range(5):  # reused blocks must not show old private pages
-            outcome = await call(executor, lambda port, a: (float(a[0]), a.fill(-1))[0], np.full(100_000, float(n)), writable=True)
+            outcome = await call(
+                executor, lambda port, a: (float(a[0]), a.fill(-1))[0], np.full(100_000, float(n)), writable=True
+            )
             assert outcome.value.load() == n
     assert supply.books.live() == 0
 
@@ -321,8 +338,14 @@ def test_a_lease_ends_with_the_last_view(use_numpy: bool, monkeypatch: pytest.Mo
     memory = mmap.mmap(-1, 65536)
     if not use_numpy:
         monkeypatch.setitem(sys.modules, "numpy", None)
-    for derive in (lambda v: np.frombuffer(v, np.uint8), lambda v: np.ndarray((8,), np.float64, v)[2:4], lambda v: np.frombuffer(v, np.uint8)[5:9], lambda v: v[3:4],
-                   lambda v: np.asarray(memoryview(np.frombuffer(v, np.float64).reshape(-1, 8)))[3:, ::2].T):  # fmt: skip
+    derivations: list[Any] = [
+        lambda v: np.frombuffer(v, np.uint8),
+        lambda v: np.frombuffer(v, np.uint8)[5:9],
+        lambda v: np.ndarray((8,), np.float64, v)[2:4],
+        lambda v: v[3:4],
+        lambda v: np.asarray(memoryview(np.frombuffer(v, np.float64).reshape(-1, 8)))[3:, ::2].T,
+    ]
+    for derive in derivations:
         ended: list[int] = []
         view = export(memory, address_of(memory), 0, 65536, ended.append, 1)
         derived = derive(view)

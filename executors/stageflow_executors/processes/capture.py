@@ -1,4 +1,5 @@
-"""What a call prints, logs and warns comes back as notes, in order, tagged with its call; what it did to the process is undone.
+"""What a call prints, logs and warns comes back as notes, in order, tagged with its call; what it did to the process
+is undone.
 
 Notes: kind "print" {stream, text}; kind "log" {logger, level, message, exc, time}. Bounded per call.
 Loaded in workers only.
@@ -65,7 +66,7 @@ class Stream(io.TextIOBase):
     errors = "replace"
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         """As the interpreter calls the stream."""
         return f"<{self._name}>"
 

@@ -1,10 +1,10 @@
 """Frames over a private Unix socket, with descriptors beside them.
 
-SOCK_SEQPACKET where the fork server is used: one frame is one hand-off, and the kernel gives each to exactly one reader, so the
-parent can take unread ones back. A stream socket with a length prefix elsewhere.
+SOCK_SEQPACKET where the fork server is used: one frame is one hand-off, and the kernel gives each to exactly one
+reader, so the parent can take unread ones back. A stream socket with a length prefix elsewhere.
 
-`recvmsg_into` into kept buffers: a large buffer allocated per read costs more than the read, and plain reads drop descriptors
-silently. `MSG_DONTWAIT` instead of O_NONBLOCK, which dup'ed descriptors would share.
+`recvmsg_into` into kept buffers: a large buffer allocated per read costs more than the read, and plain reads drop
+descriptors silently. `MSG_DONTWAIT` instead of O_NONBLOCK, which dup'ed descriptors would share.
 
 A frame is a msgpack array of messages, each an array whose first element is its operation.
 May import the standard library and msgspec only: workers load it.
@@ -103,9 +103,7 @@ class SeqChannel:
     def receive(self, *, wait: bool = False) -> tuple[memoryview, list[int]] | None:
         """The next frame (valid until the next call) and its descriptors; None if there is none. Raises Closed."""
         try:
-            size, ancillary, _, _ = self.sock.recvmsg_into(
-                self._buffers, ROOM, _WAIT if wait else _DONT_WAIT
-            )
+            size, ancillary, _, _ = self.sock.recvmsg_into(self._buffers, ROOM, _WAIT if wait else _DONT_WAIT)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -176,9 +174,7 @@ class StreamChannel:
                     del self._data[:end]
                     return memoryview(frame), [self._fds.popleft() for _ in range(count)]
             try:
-                got, ancillary, _, _ = self.sock.recvmsg_into(
-                    [self._read], ROOM, _WAIT if wait else _DONT_WAIT
-                )
+                got, ancillary, _, _ = self.sock.recvmsg_into([self._read], ROOM, _WAIT if wait else _DONT_WAIT)
             except BlockingIOError:
                 return None
             except OSError as error:

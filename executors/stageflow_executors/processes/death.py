@@ -15,7 +15,7 @@ from stageflow.core.output import ErrorInfo
 from stageflow_executors.processes.machine import oom_kills
 
 if TYPE_CHECKING:
-    from stageflow_executors.processes.supply import WorkerHandle
+    from stageflow_executors.processes.handle import WorkerHandle
 
 
 def describe(handle: WorkerHandle, oom_before: int) -> ErrorInfo:

@@ -4,9 +4,10 @@ Started by exec as a script, with one thread and no loop, so that it forks cheap
 
     python forkserver.py CONTROL_FD ENGINE_PIDFD [MODULE_NOT_TO_PRELOAD ...]
 
-It reads marshalled requests from its control socket: a configuration first, then fork requests with the worker's descriptors. It
-answers `started` with a pidfd, `ended` with the wait status and peak memory (only the parent of a process can learn those),
-`failed`, and `preload` with what could not be imported. Answers are queued: it never blocks on a parent that does not read.
+It reads marshalled requests from its control socket: a configuration first, then fork requests with the worker's
+descriptors. It answers `started` with a pidfd, `ended` with the wait status and peak memory (only the parent of a
+process can learn those), `failed`, and `preload` with what could not be imported. Answers are queued: it never
+blocks on a parent that does not read.
 
 When the engine ends, by whatever signal (its pidfd, or end of file), it kills and reaps every descendant and exits.
 
@@ -161,8 +162,8 @@ class Server:
                 # A fork would copy locks those threads hold.
                 self.answer("threads", name)
                 if not self.configured:
-                    # Nothing was forked yet and the configuration is only peeked at, so a fresh image of this very process
-                    # starts over, without the module.
+                    # Nothing was forked yet and the configuration is only peeked at, so a fresh image of this very
+                    # process starts over, without the module.
                     os.execv(sys.executable, [*self.settings["command"], *self.excluded, name])
         if problems:
             self.answer("preload", problems)
@@ -276,7 +277,8 @@ class Server:
         control = self.control.fileno()
         while True:
             poll.register(control, select.POLLIN | select.POLLOUT if self.answers else select.POLLIN)
-            # Without a pidfd of the engine a changed parent pid tells its death, also when a user's fork keeps our socket open.
+            # Without a pidfd of the engine a changed parent pid tells its death, also when a user's fork keeps our
+            # socket open.
             ready = dict(poll.poll(None if self.engine >= 0 else 200))
             if self.engine in ready or os.getppid() != self.settings.get("engine_pid", os.getppid()):
                 break

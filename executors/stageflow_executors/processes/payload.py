@@ -1,4 +1,6 @@
-"""`ProcessPayload`: an encoded value the parent holds without decoding it, and the parent's memory as the codec sees it."""
+"""`ProcessPayload`: an encoded value the parent holds without decoding it, and the parent's memory as the codec sees
+it.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ class ParentMemory:
 
 
 def encode(supply: WorkerSupply, memory: ParentMemory, value: Any) -> ProcessPayload:
-    """`value` in the form in which several calls can share it. Raises NotShippableError or SharedMemoryFullError. Any thread."""
+    """`value` in the form in which several calls can share it. Raises NotShippableError or SharedMemoryFullError.
+    Any thread.
+    """
     result = codec.encode(value, memory, supply.inline_threshold)
     payload = ProcessPayload(supply.books, result.encoded, result.nbytes, result.blocks, result.inline)
     if type(result.encoded) is list:

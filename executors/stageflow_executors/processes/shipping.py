@@ -1,7 +1,8 @@
 """How callables reach workers: by reference where a worker can import them, else by value, once.
 
-Classes and functions of `__main__` (and of modules that only exist in this process) are sent by value and set as attributes of a
-module of that name in the worker, so that values pickle by reference both ways. `__main__` itself is never imported there.
+Classes and functions of `__main__` (and of modules that only exist in this process) are sent by value and set as
+attributes of a module of that name in the worker, so that values pickle by reference both ways. `__main__` itself is
+never imported there.
 
 May import `stageflow.core` and `stageflow_executors` only; cloudpickle is loaded when something must go by value.
 """

@@ -1,4 +1,5 @@
-"""Entry of a worker that was started by exec instead of by the fork server: where there is no fork server, or on request.
+"""Entry of a worker that was started by exec instead of by the fork server: where there is no fork server, or on
+request.
 
     python spawned.py NUMBER SETTINGS_FD CHANNEL_FD PAGE_FD OUTPUT_FD
 

@@ -1,7 +1,7 @@
 """The status page: 4 KiB of memory shared by one worker and the parent, readable after the worker's death.
 
-Every 8-byte word has one writer, so there is no lock and no dead holder of one. Stores go through `memoryview.cast`, which
-writes eight bytes at once (`struct.pack_into` with an explicit byte order tears).
+Every 8-byte word has one writer, so there is no lock and no dead holder of one. Stores go through `memoryview.cast`,
+which writes eight bytes at once (`struct.pack_into` with an explicit byte order tears).
 
 May import the standard library only: workers load it.
 """

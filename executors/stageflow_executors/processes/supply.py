@@ -1,9 +1,10 @@
 """The supply: the fork server, the workers and the parent's shared memory of an engine. Bound to no loop, thread-safe.
 
-Lanes borrow workers from it and give them back; one lock is taken per borrowing, never per call. Reports of the fork server are
-read by whichever lane is open (`pump`).
+Lanes borrow workers from it and give them back; one lock is taken per borrowing, never per call. Reports of the fork
+server are read by whichever lane is open (`pump`).
 
-May import `stageflow.core`, this package and the standard library; no asyncio, so that a supply can be warmed up before a loop.
+May import `stageflow.core`, this package and the standard library; no asyncio, so that a supply can be warmed up
+before a loop.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import array
 import marshal
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,122 +19,26 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from stageflow.core.errors import DefinitionError, WorkerStartError
 from stageflow.core.executor import Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
+from stageflow_executors.processes.handle import Borrower, WorkerHandle, kill_group
 from stageflow_executors.processes.machine import THREAD_VARIABLES, oom_kills, usable_cores, usable_memory
 from stageflow_executors.processes.shipping import Shipping
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm.arena import Arena, Segment, create_anonymous
-from stageflow_executors.shm.codec import Key
 from stageflow_executors.shm.lease import Books
 
 MAX_FAILED_STARTS: Final = 3
 RETRY_STARTS_AFTER: Final = 1.0
-TAIL: Final = 16 * 1024
 PARENT: Final = 0  #: the parent's number as an owner of segments
 _OWN_MODULES: Final = ("stageflow_executors.processes.worker_main",)
 _CONTROL_ROOM: Final = socket.CMSG_SPACE(4 * 4)
-
-
-class Borrower(Protocol):
-    """A lane, as the supply sees it. Both methods may be called from any thread."""
-
-    def granted(self, worker: WorkerHandle) -> None: ...
-    def reported(self, worker: WorkerHandle) -> None: ...
-    def held(self) -> int: ...
-
-
-class WorkerHandle:
-    """The parent's side of one worker."""
-
-    def __init__(
-        self, number: int, channel: ch.Channel, peer: socket.socket | None, page: StatusPage, output: int
-    ) -> None:
-        self.number = number
-        self.channel = channel
-        self.peer = peer
-        self.page = page
-        self.output = output
-        self.pid = 0
-        self.pidfd = -1
-        self.process: subprocess.Popen[bytes] | None = None
-        self.lane: Borrower | None = None
-        self.ready = False
-        self.ended: tuple[int, int] | None = None  #: wait status, peak resident KiB
-        self.failed: str | None = None  #: why it could not be started
-        self.removed = False
-        self.retiring = False
-        self.killed = False  #: by us, on purpose
-        self.said_bye = False
-        self.started_at = time.monotonic()
-        self.idle_since = 0.0
-        self.calls = 0
-        self.base_anon = 0
-        self.checked_at = 0.0
-        self.tail = bytearray()
-        self.functions: set[int] = set()
-        self.segments: set[int] = set()
-        self.main_version = 0
-        self.leases: Counter[Key] = Counter()
-
-    def read_output(self) -> None:
-        """Keep the end of what the worker wrote to its raw descriptors 1 and 2."""
-        if self.output < 0:
-            return
-        try:
-            while data := os.read(self.output, 65536):
-                self.tail += data
-                if len(self.tail) > 4 * TAIL:
-                    del self.tail[:-TAIL]
-                if len(data) < 65536:
-                    break
-        except (BlockingIOError, OSError):
-            return
-
-    def stderr_tail(self) -> str:
-        """The last 16 KiB of raw output."""
-        self.read_output()
-        return bytes(self.tail[-TAIL:]).decode("utf-8", "replace")
-
-    def kill(self) -> None:
-        """SIGKILL, to the process that we started and to no other that may have its number by now."""
-        self.killed = True
-        try:
-            if self.pidfd >= 0:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            elif self.process is not None:
-                self.process.kill()
-            elif self.pid and self.ended is None:
-                os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    def memory(self) -> tuple[int, int]:
-        """(resident, resident without files and shared memory) in bytes; zeros when it is gone."""
-        try:
-            with open(f"/proc/{self.pid}/statm", "rb") as statm:
-                _, resident, shared, *_ = statm.read().split()
-        except (OSError, ValueError):
-            return 0, 0
-        page = os.sysconf("SC_PAGESIZE")
-        return int(resident) * page, (int(resident) - int(shared)) * page
-
-    def close(self) -> None:
-        """Give every descriptor back."""
-        self.channel.close()
-        if self.peer is not None:
-            self.peer.close()
-            self.peer = None
-        for fd in (self.pidfd, self.output):
-            if fd >= 0:
-                os.close(fd)
-        self.pidfd = self.output = -1
 
 
 class WorkerSupply:
@@ -156,7 +60,8 @@ class WorkerSupply:
         memfd: bool | None = None,
         auto_preload: bool = True,
     ) -> None:
-        """`preload` names modules to import before the first fork; `auto_preload` adds those of every shipped callable."""
+        """`preload` names modules to import before the first fork; `auto_preload` adds those of every shipped callable.
+        """
         self.auto_preload = auto_preload
         self.max_workers = max_workers if max_workers is not None else usable_cores()
         if self.max_workers < 1:
@@ -229,6 +134,10 @@ class WorkerSupply:
         with self.lock:
             if self.start_method == "forkserver" and self.server is None and not self.closed:
                 self._start_server()
+
+    def has_server(self) -> bool:
+        """Is there a fork server to listen to?"""
+        return self.control is not None
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -466,7 +375,7 @@ class WorkerSupply:
             if code is not None:
                 worker.ended = (-code if code < 0 else code << 8, 0)
                 if worker.pid:
-                    _kill_group(worker.pid)
+                    kill_group(worker.pid)
         elif worker.ended is None:
             self.pump()
         return worker.ended is not None or worker.failed is not None
@@ -495,7 +404,8 @@ class WorkerSupply:
     # ------------------------------------------------------------ lending
 
     def borrow(self, lane: Borrower) -> WorkerHandle | None:
-        """An idle worker, or a new one; None if all are lent (`lane.granted` is called later). Raises WorkerStartError."""
+        """An idle worker, or a new one; None if all are lent (`lane.granted` is called later). Raises WorkerStartError.
+        """
         with self.lock:
             while self.idle:
                 worker = self.idle.pop()
@@ -630,7 +540,7 @@ class WorkerSupply:
         for worker in workers:
             worker.kill()
             if worker.pid:
-                _kill_group(worker.pid)
+                kill_group(worker.pid)
         for worker in workers:
             if worker.process is not None:
                 try:
@@ -663,24 +573,10 @@ def _cwd() -> str:
         return "/"
 
 
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError, AttributeError):
-        pass
-
-
 def _interpreter_flags() -> list[str]:
     """The flags this interpreter was started with."""
     found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return found
-
-
-def wait_readable(fd: int, seconds: float) -> bool:
-    """Does `fd` become readable within `seconds`?"""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(int(seconds * 1000)))
 
 
 _all_supplies: weakref.WeakSet[WorkerSupply] = weakref.WeakSet()

@@ -52,7 +52,8 @@ class LocalMemory:
         self.arena = Arena(number, budget=budget, on_segment=self.fresh.append, memfd=memfd)
         self._worker = worker
         self._page = page
-        # Blocks handed out as buffers: address -> (block, bytes). Remote leases and the local exporter both keep a block.
+        # Blocks handed out as buffers: address -> (block, bytes). Remote leases and the local exporter both keep a
+        # block.
         self._lent: dict[int, tuple[Any, int]] = {}
         self._local: set[codec.Key] = set()
         self._remote: set[codec.Key] = set()

@@ -1,11 +1,12 @@
 """The arena: shared memory that one process writes and others read.
 
-Segments are anonymous: a memfd, or where there is none a POSIX shared memory object or a temporary file that is unlinked before
-anything is written. Readers get a descriptor re-opened read-only. Only the arena's own process allocates in it; who else still
-reads a block is the parent's business (`lease`). Memory is reserved before it is used, from the arena's own account first.
+Segments are anonymous: a memfd, or where there is none a POSIX shared memory object or a temporary file that is
+unlinked before anything is written. Readers get a descriptor re-opened read-only. Only the arena's own process
+allocates in it; who else still reads a block is the parent's business (`lease`). Memory is reserved before it is
+used, from the arena's own account first.
 
-Values up to 16 MiB share segments of 64 MiB, by size class; larger ones get a segment of their own. Freed blocks are kept warm
-(fresh pages cost more than the copy into them) up to a cap.
+Values up to 16 MiB share segments of 64 MiB, by size class; larger ones get a segment of their own. Freed blocks are
+kept warm (fresh pages cost more than the copy into them) up to a cap.
 
 May import `stageflow.core` and the standard library only: workers load it.
 """
@@ -73,7 +74,7 @@ def create_anonymous(nbytes: int, *, memfd: bool | None = None) -> tuple[int, in
 def _create_named() -> tuple[str, int, Callable[[str], int]]:
     """A POSIX shared memory object where the platform has them, else a temporary file."""
     try:
-        import _posixshmem
+        import _posixshmem  # type: ignore[import-not-found]
 
         name = f"/sf-{os.getpid()}-{os.urandom(6).hex()}"
         fd = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)

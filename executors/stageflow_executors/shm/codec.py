@@ -1,12 +1,14 @@
 """The codec: values to and from a form that crosses a process boundary, exactly.
 
-An encoded value is msgpack-able data: an exact scalar as itself, anything else as a list whose first element says how to read the
-rest. Bytes are inline, or a reference `[segment, block, start, length]` into shared memory. Three paths (first that fits):
-exact scalars; closed `msgspec.Struct` types, alone or in a list; pickle protocol 5 with out-of-band buffers (cloudpickle where
-plain pickle cannot). Arrays, bytes and memoryviews have a light way of their own. A value is the same whatever lane it crossed;
-the one permitted difference is that arrays and memoryviews come back read-only.
+An encoded value is msgpack-able data: an exact scalar as itself, anything else as a list whose first element says
+how to read the rest. Bytes are inline, or a reference `[segment, block, start, length]` into shared memory. Three
+paths (first that fits): exact scalars; closed `msgspec.Struct` types, alone or in a list; pickle protocol 5 with
+out-of-band buffers (cloudpickle where plain pickle cannot). Arrays, bytes and memoryviews have a light way of their
+own. A value is the same whatever lane it crossed; the one permitted difference is that arrays and memoryviews come
+back read-only.
 
-May import `stageflow.core` and the standard library only; numpy is recognised without importing it, cloudpickle is loaded on need.
+May import `stageflow.core` and the standard library only; numpy is recognised without importing it, cloudpickle is
+loaded on need.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import pickle
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -201,7 +203,8 @@ def _pickled(value: Any, memory: Memory, threshold: int) -> Result:
 def _laid_out_of_band(
     chunks: list[bytes], size: int, buffers: list[memoryview], outside: int, memory: Memory
 ) -> Result:
-    """The buffers, and the pickle if it is large too, side by side in one block; buffers that are already shared stay."""
+    """The buffers, and the pickle if it is large too, side by side in one block; buffers that are already shared stay.
+    """
     blocks: list[Key] = []
     refs: list[Any] = []
     fresh: list[tuple[int, memoryview]] = []
@@ -277,7 +280,8 @@ def dump(value: Any) -> tuple[list[bytes], list[memoryview]]:
 
 
 def find_culprit(value: Any, name: str = "value") -> tuple[str, Any]:
-    """(path, object) of the innermost part of `value` that does not pickle. Bounded in depth and breadth; never raises."""
+    """(path, object) of the innermost part of `value` that does not pickle. Bounded in depth and breadth; never raises.
+    """
     for _ in range(50):
         for step, part in _parts(value):
             if not _pickles(part):

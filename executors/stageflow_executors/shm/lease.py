@@ -1,10 +1,12 @@
 """Leases: the right to read a block of shared memory, counted.
 
-`Books` is the parent's account of every block and who may still read it; `Mappings` is the reading side in any process. A lease
-ends when the *exporter* of its view is collected: a finalizer on a memoryview given to numpy would fire while the array lives,
-because numpy takes a view of its own. Finalizers run anywhere, also inside locks, so they only append to a deque.
+`Books` is the parent's account of every block and who may still read it; `Mappings` is the reading side in any
+process. A lease ends when the *exporter* of its view is collected: a finalizer on a memoryview given to numpy would
+fire while the array lives, because numpy takes a view of its own. Finalizers run anywhere, also inside locks, so
+they only append to a deque.
 
-May import the standard library and `stageflow_executors.shm` only: workers load it. numpy is used where it is already loaded.
+May import the standard library and `stageflow_executors.shm` only: workers load it. numpy is used where it is
+already loaded.
 """
 
 from __future__ import annotations
@@ -69,8 +71,9 @@ def export(memory: Any, address: int, start: int, nbytes: int, ended: Callable[.
         if _ndarray_exporter is None:
             # A class of its own: numpy shortens base chains, but never across types.
             _ndarray_exporter = type("Exporter", (numpy.ndarray,), {})
-        # Its base is the mapping itself. With a plain array in between, `np.ndarray(buffer=view)` would keep that one instead:
-        # numpy looks through the memoryview, and then shortens past an exporter whose own base has the new array's type.
+        # Its base is the mapping itself. With a plain array in between, `np.ndarray(buffer=view)` would keep that
+        # one instead: numpy looks through the memoryview, and then shortens past an exporter whose own base has the
+        # new array's type.
         exporter = _ndarray_exporter((nbytes,), numpy.uint8, memory, start)
     else:
         exporter = (ctypes.c_char * nbytes).from_address(address + start)
@@ -144,7 +147,8 @@ class ValueReader:
         key = (ref[0], ref[1])
         mapping = self._mappings[ref[0]]
         if writable:
-            # The copy-on-write range outlives the block's content only in pages that were written: the lease is still needed.
+            # The copy-on-write range outlives the block's content only in pages that were written: the lease is
+            # still needed.
             private, start = mapping.private(ref[2], ref[3])
             if self._views is None:
                 self._views = {}

@@ -1,0 +1,257 @@
+"""What workers say, and how they end: outcomes, notes, released memory, deaths and their causes.
+
+May import `stageflow.core` and `stageflow_executors` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Final
+
+import msgspec
+
+from stageflow.core.executor import Outcome, OutcomeKind
+from stageflow.core.output import ErrorInfo
+from stageflow_executors.processes import channel as ch
+from stageflow_executors.processes.death import describe
+from stageflow_executors.processes.handle import WorkerHandle
+from stageflow_executors.processes.lending import Lending
+from stageflow_executors.processes.state import Lent, Task
+
+CAUSE_WITHIN: Final = 1.0  #: seconds to wait for the fork server's word on why a worker died
+_decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
+
+
+class Hearing(Lending):
+    """Reads frames and deaths. Every method runs on the lane's loop."""
+
+    def _readable(self, lent: Lent) -> None:
+        channel = lent.handle.channel
+        try:
+            for _ in range(16):
+                received = channel.receive()
+                if received is None:
+                    break
+                frame, fds = received
+                self._frame(lent, frame, fds)
+                if not lent.tasks:
+                    break  # nothing more is due; a stray note wakes us again
+        except ch.Closed:
+            if self._loop is not None and channel.fileno() >= 0:
+                self._loop.remove_reader(channel.fileno())
+            self._died(lent)
+            return
+        if lent.handle.number in self._lent and lent.death is None:
+            self._feed(lent)
+
+    def _feed(self, lent: Lent) -> None:
+        if not lent.tasks and not lent.handle.retiring:
+            if self.supply.waiting and self.supply.should_give_back(self):
+                self._release_worker(lent)
+                if self._queue:
+                    self._dispatch()
+                return
+            if self._recycle(lent):
+                return
+            self._idle.append(lent)
+        if self._queue:
+            self._dispatch()
+        elif not lent.tasks:
+            self._steal(lent)
+        if not lent.tasks and lent.handle.number in self._lent:
+            self._became_idle(lent)
+
+    def _steal(self, idle: Lent) -> None:
+        """Nothing is queued and a worker idles: take back what another has not read yet."""
+        for other in self._lent.values():
+            if other is not idle and other.frames > 1 and other.handle.channel.can_take_back:
+                self._take_back(other)
+                if self._queue:
+                    self._dispatch()
+                    return
+
+    def _frame(self, lent: Lent, frame: memoryview, fds: list[int]) -> None:
+        messages = ch.decode_frame(frame)
+        handle = lent.handle
+        for message in messages:
+            operation = message[0]
+            if operation == ch.BIG:
+                message = self._read_big(handle, message[1])
+                operation = message[0]
+            if operation == ch.DONE:
+                self._done(lent, message)
+            elif operation == ch.NOTE:
+                if self.on_note is not None:
+                    self.on_note(message[1], message[2], message[3])
+            elif operation == ch.RELEASED:
+                self._released(handle, message[1])
+            elif operation == ch.PART:
+                self._part(lent, message)
+            elif operation == ch.FAILED:
+                self._failed(lent, message)
+            elif operation == ch.SEGMENTS:
+                for sid, size in message[1]:
+                    self.supply.books.add_segment(sid, size, fds.pop(0))
+            elif operation == ch.READY:
+                self._came_up(lent)
+            elif operation == ch.FORGET:
+                self.supply.books.forget(message[1])
+            elif operation == ch.BYE:
+                handle.said_bye = handle.retiring = True
+
+    def _came_up(self, lent: Lent) -> None:
+        if lent.start_timer is not None:
+            lent.start_timer.cancel()
+            lent.start_timer = None
+        self.supply.came_up(lent.handle)
+        self._event("worker.started", pid=lent.handle.pid, number=lent.handle.number)
+
+    def _done(self, lent: Lent, message: list[Any]) -> None:
+        _, call_id, encoded, meta, has_value, nbytes, started, took, cpu = message
+        task = lent.tasks.get(call_id)
+        if task is None:
+            return
+        value = self._value(encoded, nbytes) if has_value else None
+        self._leave(lent, task)
+        key = task.call.shipped.key
+        known = self._ewma_ns.get(key)
+        self._ewma_ns[key] = took if known is None else known + (took - known) * 0.2
+        self._finish(
+            task,
+            Outcome(
+                call_id,
+                OutcomeKind.OK,
+                value,
+                self._meta(meta),
+                worker_pid=lent.handle.pid,
+                started=started / 1e9,
+                seconds=took / 1e9,
+                cpu_seconds=cpu / 1e9,
+                bytes_in=task.bytes_in,
+                bytes_out=nbytes,
+            ),
+        )
+
+    def _part(self, lent: Lent, message: list[Any]) -> None:
+        _, call_id, encoded, meta, has_value, nbytes = message
+        task = lent.tasks.get(call_id)
+        if task is not None:
+            value = self._value(encoded, nbytes) if has_value else None
+            task.deliver(
+                Outcome(
+                    call_id,
+                    OutcomeKind.OK,
+                    value,
+                    self._meta(meta),
+                    final=False,
+                    worker_pid=lent.handle.pid,
+                    bytes_out=nbytes,
+                )
+            )
+
+    def _failed(self, lent: Lent, message: list[Any]) -> None:
+        _, call_id, kind, error, started, took, cpu = message
+        task = lent.tasks.get(call_id)
+        if task is None:
+            return
+        self._leave(lent, task)
+        self._finish(
+            task,
+            Outcome(
+                call_id,
+                OutcomeKind(kind),
+                error=_decode_error(error) if error is not None else None,
+                worker_pid=lent.handle.pid,
+                started=started / 1e9,
+                seconds=took / 1e9,
+                cpu_seconds=cpu / 1e9,
+                bytes_in=task.bytes_in,
+            ),
+        )
+
+    def _died(self, lent: Lent) -> None:
+        """The worker is gone. Hear its last words, send on what it had not begun, and learn why."""
+        handle, loop = lent.handle, self._loop
+        if self._lent.get(handle.number) is not lent or lent.death is not None or loop is None:
+            if lent.death is not None and self.supply.poll_ended(handle):
+                lent.death.cancel()
+                self._bury(lent)
+            return
+        with contextlib.suppress(ch.Closed):
+            while (received := handle.channel.receive()) is not None:
+                self._frame(lent, *received)
+        lent.death = loop.call_later(CAUSE_WITHIN, self._bury, lent)
+        if handle.pidfd >= 0:
+            loop.remove_reader(handle.pidfd)
+        loop.remove_reader(handle.channel.fileno())
+        loop.remove_reader(handle.output)  # at its end it would always be readable; what is left is read at the burial
+        self._take_back(lent)
+        if self.supply.poll_ended(handle):
+            if lent.death is not None:
+                lent.death.cancel()
+            self._bury(lent)
+        elif self._queue:
+            self._dispatch()
+        if handle.process is not None and handle.number in self._lent:
+            loop.call_later(0.01, self._died, lent)
+
+    def _bury(self, lent: Lent) -> None:
+        """The cause is known, or will not be."""
+        handle = lent.handle
+        if self._lent.get(handle.number) is not lent:
+            return
+        if handle.process is not None and not self.supply.poll_ended(handle):
+            handle.kill()
+        running, _, started = handle.page.running()
+        blamed = lent.tasks.get(running)
+        error = describe(handle, self.supply.oom_before)
+        came_up = handle.ready
+        lent.death = None
+        self._detach(lent)
+        if not came_up and not handle.killed:
+            self.supply.start_failed(handle.failed or error.message)
+        if not handle.said_bye and came_up:
+            self._event(
+                "worker.lost",
+                pid=handle.pid,
+                signal=error.signal,
+                exit_code=error.exit_code,
+                oom_killed=error.oom_killed,
+            )
+        tail = handle.pid
+        self.supply.remove(handle)
+        again = []
+        for task in list(lent.tasks.values()):
+            task.worker = None
+            if task is blamed:
+                self._finish(task, self._lost(task, error, handle, started, suspect=True))
+                continue
+            task.boarded += not handle.said_bye and not handle.killed and came_up
+            if task.forced or task.cancelled is not None:
+                self._finish(task, Outcome(task.call.id, OutcomeKind.CANCELLED, worker_pid=tail))
+            elif task.boarded >= self.poison_limit:
+                self._finish(task, self._lost(task, error, handle, started, suspect=False))
+            else:
+                again.append(task)
+        lent.tasks.clear()
+        for task in reversed(again):
+            self._queue.appendleft(task)
+        self._watch_control()
+        if self._queue:
+            self._dispatch()
+
+    def _lost(self, task: Task, error: ErrorInfo, handle: WorkerHandle, started: int, *, suspect: bool) -> Outcome:
+        kind = OutcomeKind.CANCELLED if task.forced else OutcomeKind.LOST
+        return Outcome(
+            task.call.id,
+            kind,
+            meta={"progress": handle.page.progress()} if suspect else None,
+            error=error,
+            suspect=suspect and kind is OutcomeKind.LOST,
+            worker_pid=handle.pid,
+            started=started / 1e9,
+            seconds=max(0.0, time.monotonic() - started / 1e9),
+            bytes_in=task.bytes_in,
+            rss_bytes=error.rss_bytes or 0,
+        )
