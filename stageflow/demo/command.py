@@ -195,10 +195,15 @@ def _print(done: Done, folder: Path) -> None:
             f" {summary.classes:,} classes, {summary.words:,} words"
         )
         for path, reason in list(summary.skipped.items())[:_MAX_SKIPPED]:
-            out.print(f"  skipped {path}: {reason}", soft_wrap=True)
+            # Whole in a pipe; on a terminal a line each.
+            line = f"  skipped {path}: {reason}"
+            if out.is_terminal:
+                out.print(line, no_wrap=True, overflow="ellipsis")
+            else:
+                out.print(line, soft_wrap=True)
         if len(summary.skipped) > _MAX_SKIPPED:
             out.print(f"  ... and {len(summary.skipped) - _MAX_SKIPPED} more (report.html lists them)")
-    out.print(stage_table(result.stats.values()))
+    out.print(stage_table(result.stats[spec.name] for spec in graph.specs))
     for name, output in result.outputs.items():
         if output.error is not None:
             console(sys.stderr).print(f"failed: stage {name!r}: {output.error}", style="red", soft_wrap=True)
