@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from stageflow.core.errors import LaneClosedError
 from stageflow.core.executor import Call, Deliver, Reply, Shipped
-from stageflow_executors.local import LocalLane, LocalPort
+from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
 #: a task factory breaks uvloop; constructing the task does not
 _monotonic = time.monotonic
@@ -87,10 +87,11 @@ class AsyncExecutor(LocalLane):
     def _parts(self, port: LocalPort, replies: Any) -> Any:
         """Deliver all but the last part; the last is the call's result."""
         last: Any = None
-        for reply in replies:
-            if last is not None and not port.done:
-                port.deliver(port.part(last))
-            last = reply
+        for reply, ends in parts_of(replies):
+            if ends:
+                last = reply
+            elif reply is not None and not port.done:
+                port.deliver(port.part(reply))
         return last
 
     def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
@@ -169,13 +170,12 @@ class InlineExecutor(LocalLane):
                     port.on_cancel(lambda inner=inner: inner.cancel())  # type: ignore[misc]
                     result = await inner
                 if inspect.isgenerator(result):
-                    last: Any = None
-                    for reply in result:
-                        if last is not None:
-                            port.deliver(port.part(last))
+                    for reply, ends in parts_of(result):
+                        if ends:
+                            result = reply
+                        elif reply is not None:
+                            port.deliver(port.part(reply))
                             await asyncio.sleep(0)
-                        last = reply
-                    result = last
                 outcome = port.ok(result, time.monotonic() - started)
             except BaseException as error:
                 if isinstance(error, asyncio.CancelledError) and not port.cancelled():

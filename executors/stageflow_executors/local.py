@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import msgspec
@@ -27,6 +27,24 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+def parts_of(result: Generator[Reply, None, Reply | None]) -> Iterator[tuple[Reply | None, bool]]:
+    """(reply, whether it ends the call) of a generator of parts: what it returns ends the call, else its last part."""
+    held: Reply | None = None
+    while True:
+        try:
+            reply = next(result)
+        except StopIteration as stop:
+            if stop.value is not None:
+                if held is not None:
+                    yield held, False
+                held = stop.value
+            yield held, True
+            return
+        if held is not None:
+            yield held, False
+        held = reply
 
 
 class LocalPort(msgspec.Struct, eq=False):

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 from stageflow.core.errors import LaneClosedError
-from stageflow.core.executor import Call, Deliver, Outcome, Reply
+from stageflow.core.executor import Call, Deliver, Outcome
 from stageflow_executors.async_tasks import submit
-from stageflow_executors.local import LocalLane, LocalPort
+from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
 
 class _Thread:
@@ -132,12 +132,11 @@ class ThreadExecutor(LocalLane):
         try:
             result = call.shipped.function(port, *call.args)
             if inspect.isgenerator(result):
-                last: Reply | None = None
-                for reply in result:
-                    if last is not None:
-                        self._post(port, port.part(last))
-                    last = reply
-                result = last
+                for reply, ends in parts_of(result):
+                    if ends:
+                        result = reply
+                    elif reply is not None:
+                        self._post(port, port.part(reply))
             outcome = port.ok(result, time.monotonic() - started, time.thread_time() - cpu)
         except BaseException as error:  # SystemExit in a stage is that call's failure, not the thread's end
             outcome = port.failed(error, time.monotonic() - started, time.thread_time() - cpu)

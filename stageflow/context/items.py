@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
 
 REPORT_SECONDS: Final = 0.001  # finished results that a lost worker would take with it
+PART_BYTES: Final = 256 << 10  # results that weigh this much are reported without waiting for more
 SLICE_SECONDS: Final = 0.004  # a block is given back after this much work; benchmarks/streams shows 1-8 ms alike
 
 
@@ -79,6 +80,17 @@ def bits(mask: int, lo: int = 0) -> list[int]:
         found.append(lo + low.bit_length() - 1)
         mask ^= low
     return found
+
+
+def weight(value: Any) -> int:
+    """Bytes of one value as far as they can be told at once: buffers and strings, else 0."""
+    kind = type(value)
+    if kind is int or kind is float or kind is dict or kind is list:
+        return 0
+    if kind is bytes or kind is str or kind is bytearray:
+        return len(value)
+    nbytes = getattr(value, "nbytes", 0)
+    return nbytes if type(nbytes) is int else 0
 
 
 def mask_to_wire(mask: int) -> int | bytes:
@@ -141,18 +153,24 @@ class ItemProgram(Program):
             yield self._run_batch(port, header, snapshot, parsed, args)
             return
         started = time.perf_counter()
+        last = len(parsed) - 1
         for number, piece in enumerate(parsed):
-            left_at = yield from self._run_piece(port, header, snapshot, piece, args, started)
+            left_at, reply = yield from self._run_piece(port, header, snapshot, piece, args, started)
+            if left_at is None and number == last:
+                return reply
             if left_at is not None:
                 unrun = [(left_at, piece.hi)] if left_at < piece.hi else []
                 unrun.extend((later.lo, later.hi) for later in parsed[number + 1 :])
-                yield Reply(None, Done((), unrun=tuple(unrun)), has_value=False)
-                return
+                reply.meta = msgspec.structs.replace(reply.meta, unrun=tuple(unrun))
+                return reply
+            yield reply
+        return Reply(None, Done(()), has_value=False)
 
     def _run_piece(
         self, port: WorkerPort, header: Header, snapshot: Any, piece: Piece, args: tuple[Any, ...], started: float
-    ) -> Generator[Reply, None, int | None]:
-        """Run one piece; returns the index at which it stopped early, or None."""
+    ) -> Generator[Reply, None, tuple[int | None, Reply]]:
+        """Run one piece; returns the index at which it stopped early (or None), and its last part, which ends the
+        call together with it: one message less per block."""
         slots = len(self.plan.slots)
         commons = args[:slots]
         columns = [piece.column(number, args) for number in range(len(piece.columns))]
@@ -162,7 +180,7 @@ class ItemProgram(Program):
         position = 0
         group = 1
         perf = time.perf_counter
-        while position < total:
+        while True:
             part = _Part(self, piece, position)
             part_started = perf()
             cpu_started = time.thread_time()
@@ -171,16 +189,20 @@ class ItemProgram(Program):
                 if simple:
                     position = part.run_simple(self.target(), columns[0], indices, position, stop, header)
                 else:
-                    position = part.run_each(port, header, snapshot, commons, columns, indices, position, stop)
+                    position = part.run_each(
+                        port, header, snapshot, commons, columns, indices, position, stop, part_started
+                    )
                 elapsed = perf() - part_started
-                if elapsed > REPORT_SECONDS or port.cancelled():
+                if elapsed > REPORT_SECONDS or port.cancelled() or part.is_big():
                     break
                 if elapsed < REPORT_SECONDS / 4:
-                    group = min(group * 2, 512)
-            yield part.reply(indices, position, perf() - part_started, time.thread_time() - cpu_started)
-            if position < total and (port.cancelled() or (self.slices and perf() - started > SLICE_SECONDS)):
-                return int(indices[position])
-        return None
+                    group = min(group * 8, 512)
+            reply = part.reply(indices, position, perf() - part_started, time.thread_time() - cpu_started)
+            if position >= total:
+                return None, reply
+            if port.cancelled() or (self.slices and perf() - started > SLICE_SECONDS):
+                return int(indices[position]), reply
+            yield reply
 
     def _is_simple(self, columns: int) -> bool:
         """A plain function of the element alone: the loop can run in C."""
@@ -453,8 +475,10 @@ class _Part:
         indices: Sequence[int],
         position: int,
         stop: int,
+        started: float,
     ) -> int:
-        """Call the runner on items [position, stop) with everything on; returns where it stopped."""
+        """Call the runner on items [position, stop) with everything on, until the part that began at second `started`
+        is to be reported; returns where it stopped."""
         program = self.program
         while position < stop:
             index = indices[position]
@@ -471,9 +495,14 @@ class _Part:
             except BaseException as error:  # SystemExit in a stage is that item's failure, not the worker's end
                 self.fail(index, path, error, header.attempt)
             position += 1
-            if port.cancelled():
+            if port.cancelled() or time.perf_counter() - started > REPORT_SECONDS or self.is_big():
                 break
         return position
+
+    def is_big(self) -> bool:
+        """Values that weigh so much that they had better leave than wait for others."""
+        values = self.values
+        return bool(values) and len(values) * weight(values[-1]) > PART_BYTES
 
     def take(self, result: Any, index: int, path: tuple[int, ...], ctx: StageContext | None) -> None:
         """Sort out one result."""

@@ -4,6 +4,7 @@ on first use."""
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -144,6 +145,14 @@ class GraphCode:
                 positional.append(("value" if kind == "nullable" else kind, where))
             else:
                 keywords.append((binding.param, kind, where))
+        if (
+            not positional
+            and len(keywords) == 1
+            and keywords[0][1] == "element"
+            and _is_first(spec.runner, keywords[0][0])
+        ):
+            # a plain function of the element alone: called by position, its loop runs in C
+            positional, keywords = [("element", keywords[0][2])], []
         if spec.form != "function":
             positional = [("ctx", 0)]
             keywords = []
@@ -182,6 +191,14 @@ class GraphCode:
         else:
             program = Program(**common)
         return StageCode(program, tuple(sources), _modules(spec))
+
+
+def _is_first(runner: Any, name: str) -> bool:
+    """Whether `name` is the first parameter of a plain function, which then can be given by position."""
+    if not isinstance(runner, types.FunctionType):
+        return False
+    code = runner.__code__
+    return code.co_argcount > 0 and code.co_varnames[0] == name
 
 
 def _able(spec: StageSpec, lane: str, nested: bool) -> str:

@@ -455,7 +455,14 @@ class Driver:
         crosses = lane == "process"
         if len(segments) == 1 and len(segments[0][3]) == 1:
             lo, hi, mask, ((handle, at),) = segments[0]
-            return (Piece(lo, hi, mask, ((first, at),)),), [handles[handle].form(crosses)]
+            held = handles[handle]
+            if type(at) is int and (not crosses or held.payload is None):
+                # only what the block needs: a slice costs pointers, encoding the whole list costs its bytes
+                items = held.load()
+                count = hi - lo if mask < 0 else mask.bit_count()
+                if count != len(items):
+                    return (Piece(lo, hi, mask, ((first, 0),)),), [items[at : at + count]]
+            return (Piece(lo, hi, mask, ((first, at),)),), [held.form(crosses)]
         places: dict[int, int] = {}
         lists: list[Any] = []
         pieces: list[Piece] = []
@@ -463,6 +470,14 @@ class Driver:
             wired = []
             for handle, at in columns:
                 place = places.get(handle)
+                held = handles[handle]
+                if type(at) is int and crosses and held.payload is None:
+                    items = held.load()
+                    count = hi - lo if mask < 0 else mask.bit_count()
+                    if count != len(items):
+                        wired.append((first + len(lists), 0))
+                        lists.append(items[at : at + count])
+                        continue
                 if place is None:
                     place = places[handle] = first + len(lists)
                     lists.append(handles[handle].form(crosses))
