@@ -58,12 +58,14 @@ def size(value: float) -> str:
     return f"{value:.0f} {_UNITS[unit]}" if unit == 0 or value >= 99.5 else f"{value:.1f} {_UNITS[unit]}"
 
 
-def stage_table(stats: Iterable[StageStats]) -> Table:
-    """One row per stage: lane, items, how they ended, wall, CPU, bytes in and out, wait per item and its reason."""
+def stage_table(stats: Mapping[str, StageStats], stages: Iterable[str]) -> Table:
+    """One row for each of `stages`, in that order: lane, items, how they ended, wall, CPU, bytes in and out, wait
+    per item and its reason.
+    """
     from rich import box
     from rich.table import Table
 
-    rows = list(stats)
+    rows = [stats[name] if name in stats else StageStats(stage=name) for name in stages]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True)
     table.add_column("lane", no_wrap=True)
