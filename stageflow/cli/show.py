@@ -108,7 +108,9 @@ def _title(failure: FailureRecord) -> str:
         where.append(f"{info.lane} lane")
     if failure.attempts > 1:
         where.append(f"{failure.attempts} attempts")
-    what = f"{info.type}: {info.message}" if info is not None else failure.error
+    what = f"{info.type.removeprefix('stageflow.core.errors.')}: {info.message}" if info is not None else failure.error
+    if info is not None and info.stderr_tail:
+        what = what.partition("\n")[0]  # the rest of it is the end of standard error, which follows
     return f"{', '.join(where)}: {what}"
 
 

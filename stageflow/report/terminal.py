@@ -102,9 +102,12 @@ def _outcome(row: StageStats) -> str:
     if row.status in ("pending", "skip", "cancel", "fail") or not parts:
         parts.insert(
             0,
-            {"pending": "not run", "skip": "skipped", "cancel": "cancelled", "fail": "failed"}.get(
-                row.status, row.status
-            ),
+            {
+                "pending": "unfinished" if row.items_in else "not run",
+                "skip": "skipped",
+                "cancel": "cancelled",
+                "fail": "failed",
+            }.get(row.status, row.status),
         )
     return ", ".join(dict.fromkeys(parts))
 
