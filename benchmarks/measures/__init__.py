@@ -1,0 +1,1 @@
+"""The measures, one module per room; `benchmarks.registry` lists them. Each imports its peers only while it runs."""

@@ -1,0 +1,233 @@
+"""Values that cross between processes: P1 to P5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from benchmarks.harness import MissingPeerError, Row, Scenario, Sides
+from benchmarks.measures.common import engine_on_loop, enter, our_pool, standard_pool, timed
+from benchmarks.peers import WORKERS, need, ray_here
+from benchmarks.work import noop, plus_one, plus_one_in_place, records, touch
+from stageflow import PipelineBuilder, StageKind
+
+#: float64 numbers in 100 MB
+NUMBERS = 12_500_000
+CONSUMERS = 8
+
+
+def _array(scale: float) -> Any:
+    import numpy as np
+
+    return np.arange(max(131_072, int(NUMBERS * scale)), dtype=np.float64)
+
+
+@contextmanager
+def _round_trip(scale: float) -> Iterator[Sides]:
+    """One array in, one of the same size out, after each other."""
+    sides = Sides()
+    with ExitStack() as stack:
+        array = _array(scale)
+
+        def check(result: Any) -> None:
+            assert result.shape == array.shape
+            assert result[-1] == array[-1] + 1.0
+
+        ours = stack.enter_context(our_pool())
+        standard = stack.enter_context(standard_pool())
+        sides.add("ours", timed(lambda: check(ours.submit(plus_one, array).result()), repeat=3))
+        sides.add("ppe", timed(lambda: check(standard.submit(plus_one, array).result())))
+        sides.add("local", timed(lambda: check(plus_one(array)), repeat=3))
+        try:
+            need("joblib")
+            from joblib import Parallel, delayed
+
+            parallel = stack.enter_context(Parallel(n_jobs=WORKERS))
+            sides.add("joblib", timed(lambda: check(parallel([delayed(plus_one)(array)])[0])))
+        except MissingPeerError as missing:
+            sides.lacks("joblib", str(missing))
+        ray = enter(stack, sides, "ray", ray_here())
+        if ray is not None:
+            remote = ray.remote(plus_one)
+            sides.add("ray", timed(lambda: check(ray.get(remote.remote(array))), repeat=3))
+        yield sides
+
+
+def consumers(count: int) -> Any:
+    """One array as an input of the graph, read by `count` process stages."""
+    builder = PipelineBuilder("consumers", inputs={"array": object})
+    for number in range(count):
+        builder.stage(f"c{number}", touch, kind=StageKind.TRANSFORM, executor="process", fuse=False)
+    return builder.build()
+
+
+@contextmanager
+def _to_consumers(scale: float) -> Iterator[Sides]:
+    """The same array to eight stages."""
+    import numpy as np
+
+    sides = Sides()
+    with ExitStack() as stack:
+        array = _array(scale)
+        expected = touch(array)
+        runner, engine = stack.enter_context(engine_on_loop(processes=WORKERS))
+        graph = consumers(CONSUMERS)
+
+        def through_engine() -> None:
+            result = runner.run(engine.execute(graph, {"array": array}))
+            assert result.success, result.error
+            assert result.data("c7") == expected
+
+        sides.add("ours", timed(through_engine, repeat=3))
+        into = np.empty_like(array)
+        sides.add("copy", timed(lambda: np.copyto(into, array), repeat=7))
+        ray = enter(stack, sides, "ray", ray_here())
+        if ray is not None:
+            remote = ray.remote(touch)
+
+            def through_ray() -> None:
+                shared = ray.put(array)
+                assert ray.get([remote.remote(shared) for _ in range(CONSUMERS)])[-1] == expected
+
+            sides.add("ray", timed(through_ray, repeat=3))
+        yield sides
+
+
+def array_chain(length: int, *, in_place: bool) -> Any:
+    """Process stages after each other, each touching every page of its array and making a new one."""
+    builder = PipelineBuilder("array chain", inputs={"array": object})
+    stage = _in_place if in_place else _made
+    for number in range(length):
+        renamed = {"array": f"s{number - 1}"} if number else None
+        builder.stage(f"s{number}", stage, inputs=renamed, kind=StageKind.TRANSFORM, executor="process", fuse=False)
+    return builder.build()
+
+
+def _in_place(array: Any, ctx: Any) -> Any:
+    return plus_one_in_place(array, ctx)
+
+
+def _made(array: Any) -> Any:
+    return plus_one(array)
+
+
+@contextmanager
+def _through_chain(scale: float) -> Iterator[Sides]:
+    sides = Sides()
+    with ExitStack() as stack:
+        array = _array(scale)
+        runner, engine = stack.enter_context(engine_on_loop(processes=WORKERS))
+
+        def through(graph: Any) -> None:
+            result = runner.run(engine.execute(graph, {"array": array}))
+            assert result.success, result.error
+            assert result.data("s2")[-1] == array[-1] + 3.0
+
+        sides.add("ours", timed(partial(through, array_chain(3, in_place=True)), repeat=3))
+        sides.add("ours made", timed(partial(through, array_chain(3, in_place=False)), repeat=3))
+        sides.add("local", timed(lambda: plus_one(plus_one(plus_one(array)))))
+        ray = enter(stack, sides, "ray", ray_here())
+        if ray is not None:
+            remote = ray.remote(plus_one)
+
+            def through_ray() -> None:
+                value = ray.get(remote.remote(remote.remote(remote.remote(array))))
+                assert value[-1] == array[-1] + 3.0
+
+            sides.add("ray", timed(through_ray, repeat=3))
+        yield sides
+
+
+@contextmanager
+def _small(scale: float) -> Iterator[Sides]:
+    """Typed records, and arrays of 1 KB one after another."""
+    import numpy as np
+
+    sides = Sides()
+    with ExitStack() as stack:
+        ours = stack.enter_context(our_pool())
+        standard = stack.enter_context(standard_pool())
+        batch = records(10_000)
+        little = np.arange(128, dtype=np.float64)
+        trips = max(50, int(500 * scale))
+
+        def round_trip(pool: Any) -> None:
+            back = pool.submit(noop, batch).result()
+            assert len(back) == len(batch)
+            assert back[-1] == batch[-1]
+
+        def one_by_one(pool: Any) -> None:
+            for _ in range(trips):
+                assert pool.submit(noop, little).result().nbytes == 1024
+
+        for name, call in _both(round_trip, ours, standard, "records"):
+            sides.add(name, timed(call, repeat=5))
+        for name, call in _both(one_by_one, ours, standard, "1 KB"):
+            sides.add(name, timed(call))
+        yield sides
+
+
+def _both(call: Any, ours: Any, standard: Any, what: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield f"{what} ours", lambda: call(ours)
+    yield f"{what} ppe", lambda: call(standard)
+
+
+SCENARIOS = (
+    Scenario(
+        name="array",
+        room="transport",
+        open=_round_trip,
+        seconds=60.0,
+        quick=False,
+        rows=(
+            Row(id="P1", what="100 MB array in, same size out", against="concurrent.futures", over="ppe", under="ours",
+                bar=12.0, at_most=False),
+            Row(id="P1", what="100 MB array in, same size out", against="Ray", over="ray", under="ours", bar=1.0,
+                at_most=False),
+            Row(id="P1", what="100 MB array in, same size out", against="joblib", over="joblib", under="ours",
+                at_most=False),
+            Row(id="P1", what="100 MB array in, same size out", against="this process (limit)", over="ours",
+                under="local"),
+        ),
+    ),
+    Scenario(
+        name="consumers",
+        room="transport",
+        open=_to_consumers,
+        quick=False,
+        rows=(
+            Row(id="P2", what="100 MB to 8 process stages", against="Ray", over="ray", under="ours", bar=1.5,
+                at_most=False),
+            Row(id="P2", what="100 MB to 8 process stages", against="warm copies of 100 MB", over="ours", under="copy",
+                bar=1.3),
+        ),
+    ),
+    Scenario(
+        name="array-chain",
+        room="transport",
+        open=_through_chain,
+        quick=False,
+        rows=(
+            Row(id="P3", what="3 process stages on 100 MB, ctx.empty", against="Ray", over="ray", under="ours", bar=1.3,
+                at_most=False),
+            Row(id="P3", what="3 process stages on 100 MB, results made anew", against="Ray", over="ray",
+                under="ours made", at_most=False),
+            Row(id="P3", what="3 process stages on 100 MB, ctx.empty", against="this process (limit)", over="ours",
+                under="local"),
+        ),
+    ),
+    Scenario(
+        name="small-values",
+        room="codec",
+        open=_small,
+        rounds=7,
+        rows=(
+            Row(id="P4", what="10,000 typed records in and out", against="concurrent.futures", over="records ppe",
+                under="records ours", bar=2.0, at_most=False, gate=True),
+            Row(id="P5", what="1 KB array in and out, latency", against="concurrent.futures", over="1 KB ppe",
+                under="1 KB ours", bar=3.0, at_most=False, gate=True),
+        ),
+    ),
+)
