@@ -69,7 +69,7 @@ def print_result(graph: StageGraph, result: RunResult, cpu: CpuSplit, *, traceba
             out.print(f"{spec.name}: {_value(output)}", soft_wrap=True)
         elif output.status is StageStatus.SKIP:
             out.print(f"{spec.name}: skipped ({output.skip_reason})", soft_wrap=True)
-    out.print(stage_table(result.stats, graph.index))
+    out.print(stage_table(result.stats, graph.index, out.width))
     print_failures(result, traceback=traceback)
     reason = f": {result.cancel_reason}" if result.cancel_reason else ""
     out.print(

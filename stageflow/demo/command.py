@@ -203,7 +203,7 @@ def _print(done: Done, folder: Path) -> None:
                 out.print(line, soft_wrap=True)
         if len(summary.skipped) > _MAX_SKIPPED:
             out.print(f"  ... and {len(summary.skipped) - _MAX_SKIPPED} more (report.html lists them)")
-    out.print(stage_table(result.stats, graph.index))
+    out.print(stage_table(result.stats, graph.index, out.width))
     for name, output in result.outputs.items():
         if output.error is not None:
             console(sys.stderr).print(f"failed: stage {name!r}: {output.error}", style="red", soft_wrap=True)

@@ -58,58 +58,54 @@ def size(value: float) -> str:
     return f"{value:.0f} {_UNITS[unit]}" if unit == 0 or value >= 99.5 else f"{value:.1f} {_UNITS[unit]}"
 
 
-def stage_table(stats: Mapping[str, StageStats], stages: Iterable[str]) -> Table:
-    """One row for each of `stages`, in that order: lane, items, how they ended, wall, CPU, bytes in and out, wait
-    per item and its reason.
+def stage_table(stats: Mapping[str, StageStats], stages: Iterable[str], width: int = _PIPE_WIDTH) -> Table:
+    """One row for each of `stages`, in that order: lane, how it ended, items, wall, CPU, bytes, wait per item and why.
+
+    How it ended is left out where every stage ended well; where `width` is narrow the bytes go, then the waits.
     """
     from rich import box
     from rich.table import Table
 
     rows = [stats[name] if name in stats else StageStats(stage=name) for name in stages]
+    columns: dict[str, list[str]] = {
+        "stage": [row.stage for row in rows],
+        "lane": [row.lane or "-" for row in rows],
+        "result": [_outcome(row) for row in rows],
+        "items": [f"{row.items_in:,}" for row in rows],
+        "wall": [seconds(row.wall_seconds) for row in rows],
+        "CPU": [seconds(row.cpu_seconds) for row in rows],
+        "in": [size(row.bytes_in) for row in rows],
+        "out": [size(row.bytes_out) for row in rows],
+        "waiting": [waiting(row) for row in rows],
+    }
+    if all(text == "ok" for text in columns["result"]):
+        del columns["result"]
+    for dispensable in (("in", "out"), ("waiting",)):
+        if _table_width(columns) > width:
+            for heading in dispensable:
+                del columns[heading]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("lane", no_wrap=True)
-    table.add_column("result", no_wrap=True)
-    for heading in ("items", "wall", "CPU", "in", "out", "waiting"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.stage,
-            row.lane or "-",
-            _outcome(row),
-            f"{row.items_in:,}",
-            seconds(row.wall_seconds),
-            seconds(row.cpu_seconds),
-            size(row.bytes_in),
-            size(row.bytes_out),
-            waiting(row),
-            style="red" if row.failed else "",
-        )
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in ("stage", "lane", "result") else "right", no_wrap=True)
+    for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(*cells, style="red" if row.failed else "")
     return table
 
 
+def _table_width(columns: Mapping[str, Sequence[str]]) -> int:
+    """What the columns take when nothing is cut, with two blanks and the table's own one between them."""
+    return sum(max(len(heading), *map(len, cells), 0) + 3 for heading, cells in columns.items()) - 3
+
+
 def _outcome(row: StageStats) -> str:
-    parts = [
-        f"{count:,} {word}"
-        for count, word in (
-            (row.failed, "failed"),
-            (row.dropped, "dropped"),
-            (row.cancelled, "cancelled"),
-            (row.retried, "retried"),
-        )
-        if count
-    ]
-    if row.status in ("pending", "skip", "cancel", "fail") or not parts:
-        parts.insert(
-            0,
-            {
-                "pending": "unfinished" if row.items_in else "not run",
-                "skip": "skipped",
-                "cancel": "cancelled",
-                "fail": "failed",
-            }.get(row.status, row.status),
-        )
-    return ", ".join(dict.fromkeys(parts))
+    """What became of the stage in a word, or of its items where some did not end well."""
+    counts = {"failed": row.failed, "dropped": row.dropped, "cancelled": row.cancelled, "retried": row.retried}
+    parts = [f"{count:,} {word}" for word, count in counts.items() if count]
+    if row.status == "pending":
+        parts.insert(0, "unfinished" if row.items_in else "not run")
+    elif not parts or (row.status == "cancel" and not row.cancelled):
+        parts.insert(0, {"skip": "skipped", "cancel": "cancelled", "fail": "failed"}.get(row.status, row.status))
+    return ", ".join(parts)
 
 
 def waiting(row: StageStats) -> str:

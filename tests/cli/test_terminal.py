@@ -6,6 +6,7 @@ import sys
 from collections import UserList
 
 import pytest
+from rich.console import Console
 
 from stageflow.observability.stats import StageStats
 from stageflow.report.terminal import CpuMeter, console, jsonable, seconds, size, stage_table, waiting
@@ -54,6 +55,26 @@ def test_the_table_has_a_row_per_stage_and_no_escapes_in_a_pipe(monkeypatch):
     assert "not run" in text
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"),
+    [(120, set()), (76, {"in", "out"}), (60, {"in", "out", "waiting"})],
+    ids=["wide", "narrow", "tiny"],
+)
+def test_a_narrow_terminal_gets_fewer_columns_and_none_is_cut(width, gone):
+    stream = io.StringIO()
+    out = Console(file=stream, width=width)
+    out.print(stage_table({row.stage: row for row in ROWS[:2]}, [row.stage for row in ROWS], width))
+    assert "…" not in stream.getvalue()
+    headings = set(stream.getvalue().splitlines()[0].split())
+    assert {"stage", "lane", "result", "items", "wall", "CPU", "in", "out", "waiting"} - headings == gone
+
+
+def test_the_result_is_left_out_where_all_went_well():
+    stream = io.StringIO()
+    console(stream).print(stage_table({ROWS[0].stage: ROWS[0]}, [ROWS[0].stage]))
+    assert "result" not in stream.getvalue()
 
 
 def test_a_wait_is_the_longest_with_its_reason():
