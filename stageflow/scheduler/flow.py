@@ -24,6 +24,7 @@ from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
+from stageflow.scheduler.outcomes import timeout_info
 from stageflow.scheduler.states import ENDED, StageState
 from stageflow.scheduler.streams import Chunk, Fold, Frontier, Join, Segment, Stream
 
@@ -278,6 +279,10 @@ class FlowRules:
                     if producer == stream.stage:
                         for joined in reader.join.add(column, segment):
                             self._accept(run, reader, joined, now)
+                        while reader.join.spent:
+                            spent = reader.join.spent.pop()
+                            if spent is not chunk and spent is not _NOTHING and spent.left <= 0:
+                                self._free(run, spent)
         if chunk is not None and chunk.left <= 0:
             self._free(run, chunk)
 
@@ -762,7 +767,7 @@ class FlowRules:
         """One item has failed for good: end the run, spend the error budget, or go on without it."""
         stage = stream.stage
         policies = run.layout.specs[stage].policies
-        run.failed_items[stage] = count = run.failed_items.get(stage, 0) + 1
+        run.failed_items[stage] = run.failed_items.get(stage, 0) + 1
         run.clean = False
         self._emit(
             "stage.failed",
@@ -819,15 +824,13 @@ class FlowRules:
         if task.stopping == "timeout":
             limit = task.limit
             name = run.layout.name(stream.stage)
-            error = ErrorInfo(
-                type="stageflow.core.errors.StageTimeoutError",
-                code="SF-TIMEOUT",
-                message=f"stage {name!r} (attempt {task.attempt}) exceeded its timeout of {limit:g} s",
-                retryable=True,
+            error = timeout_info(
+                f"stage {name!r} (attempt {task.attempt}) exceeded its timeout of {limit:g} s",
+                elapsed=max(limit, signal.done.seconds),
+                limit=limit,
                 lane=task.lane,
                 attempt=task.attempt,
-                limit=limit,
-                elapsed=max(limit, signal.done.seconds),
+                abandoned=signal.abandoned or None,
             )
             status = "timeout"
         count = sum(segment.count() for segment in rest)
@@ -1000,13 +1003,10 @@ class FlowRules:
         else:
             if task.stopping == "timeout":
                 limit = task.limit
-                signal.error = ErrorInfo(
-                    type="stageflow.core.errors.StageTimeoutError",
-                    code="SF-TIMEOUT",
-                    message=f"a fold of stage {run.layout.name(stream.stage)!r} exceeded its timeout of {limit:g} s",
-                    retryable=True,
-                    limit=limit,
+                signal.error = timeout_info(
+                    f"a fold of stage {run.layout.name(stream.stage)!r} exceeded its timeout of {limit:g} s",
                     elapsed=max(limit, signal.seconds),
+                    limit=limit,
                 )
                 signal.status = "timeout"
             key = (stream.stage, task.segments[0].lo if task.segments else task.node[:2])

@@ -155,12 +155,13 @@ class Frontier:
 class Join:
     """Brings the columns of an element-wise join together: inner join by index."""
 
-    __slots__ = ("dropped", "pending", "width")
+    __slots__ = ("dropped", "pending", "spent", "width")
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.pending: list[list[Segment]] = [[] for _ in range(width)]
         self.dropped = 0  #: items that one side had and another lacked
+        self.spent: list[Chunk] = []  #: chunks of which nobody needs anything any more, to be freed by the caller
 
     def add(self, column: int, segment: Segment) -> list[Segment]:
         """One side has these indices; the segments that are now complete."""
@@ -218,6 +219,8 @@ class Join:
                 continue
             self.dropped += lost
             chunk.left -= lost
+            if chunk.left <= 0:
+                self.spent.append(chunk)
             positions = []
             seen = 0
             for offset in range(hi - lo):

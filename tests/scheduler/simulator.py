@@ -1,0 +1,549 @@
+"""A driver without loop, clock or lanes: performs a machine's actions on sketched pipelines, in an order that dice decide.
+
+The runners are really called; when an attempt ends, how much of a block comes back, when workers die and when timers
+fire is chosen at random. After each signal the books are audited.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from stageflow.context.items import Done, ItemFailure
+from stageflow.core.kinds import DROP
+from stageflow.core.output import ErrorInfo, StageOutput
+from stageflow.pipeline.spec import Role
+from stageflow.scheduler import actions as act
+from stageflow.scheduler import signals as sig
+from stageflow.scheduler.audit import audit
+from stageflow.scheduler.layout import Layout
+from stageflow.scheduler.machine import Machine
+from stageflow.scheduler.states import StageState
+from stageflow.testing.strategies import FlatRunner, GraphSketch, HangError, Runner, SourceRunner
+
+SIZE = 10  # bytes of every list of values
+
+
+class Ctx:
+    def __init__(self, attempt, feedback=None):
+        self.attempt = attempt
+        self.feedback = feedback
+
+
+class Under:
+    """An attempt under way."""
+
+    def __init__(self, action, now):
+        self.action = action
+        self.since = now
+        self.stopped = False
+        self.hung = False
+        self.at = 0  # items of its block that have been reported
+        self.pieces = []
+        self.accumulators = []
+
+
+class Simulation:
+    """One machine and the runs submitted to it."""
+
+    def __init__(
+        self, dice, *, lanes=None, deaths=0.0, cancel=0.0, memory=0, poison_limit=1000, checked=True, ahead=None
+    ):
+        self.dice = dice
+        self.machine = Machine(
+            lanes or {"process": 2, "thread": 3, "async": 5, "inline": 1},
+            tokens={"gpu": 2},
+            memory=memory,
+            poison_limit=poison_limit,
+            ahead=ahead or {"process": 2},
+        )
+        self.deaths = deaths
+        self.cancel_share = cancel
+        self.checked = checked
+        self.now = 100.0
+        self.log = []
+        self.actions = []
+        self.steps = 0
+        self.under = {}
+        self.timers = {}
+        self.pulls = {}  # (run, stage) -> items asked for
+        self.sources = {}
+        self.deciding = []
+        self.values = {}  # (run, handle) -> list
+        self.outputs = {}  # (run, stage) -> value
+        self.kept = {}  # (run, stage) -> [(lo, values)]
+        self.finished = {}
+        self.failed_items = Counter()
+        self.started = Counter()
+        self.layouts = {}
+        self.sketches = {}
+        self.calls = Counter()  # (run, stage, value) -> calls of its runner
+        self._handle = 0
+
+    # ------------------------------------------------------------ in and out
+
+    def submit(self, sketch: GraphSketch, *, deadline=None):
+        graph = sketch.build()
+        layout = Layout(graph, [stage.lane for stage in sketch.stages])
+        run = len(self.layouts) + 1
+        self.layouts[run] = layout
+        self.sketches[run] = sketch
+        self.send(sig.RunSubmitted(run, f"run-{run}", layout, sketch.mode, deadline, listening=True))
+        return run
+
+    def send(self, *signals):
+        self.steps += 1
+        self.log.append((self.now, list(signals)))
+        actions = self.machine.handle_all(list(signals), self.now)
+        self.actions.extend(actions)
+        for action in actions:
+            getattr(self, "do_" + type(action).__name__)(action)
+        if self.checked:
+            audit(self.machine)
+
+    def run(self, most=20_000):
+        """Until every run is over."""
+        while len(self.finished) < len(self.layouts):
+            assert self.steps < most, "the simulation does not end"
+            self.step()
+        return self
+
+    def step(self):
+        choices = []
+        choices.extend(("end", task) for task, under in self.under.items() if not under.hung or under.stopped)
+        choices.extend(("pull", key) for key in self.pulls)
+        choices.extend(("decide", one) for one in self.deciding)
+        if self.timers and (not choices or self.dice.randint(0, 9) == 0):
+            choices = [("timer", min(self.timers, key=lambda timer: self.timers[timer][0]))]
+        if not choices:
+            hung = [task for task, under in self.under.items() if under.hung]
+            raise AssertionError(f"nothing can happen any more; hung: {hung}, finished: {self.finished}")
+        if self.cancel_share and self.dice.random() < self.cancel_share:
+            live = [run for run in self.layouts if run not in self.finished]
+            self.send(sig.CancelRequested(live[self.dice.randint(0, len(live) - 1)], "by the test"))
+            return
+        if self.dice.randint(0, 199) == 0:
+            self.send(sig.PressureChanged(self.dice.randint(0, 3), "test"))
+            return
+        kind, what = choices[self.dice.randint(0, len(choices) - 1)]
+        self.now += self.dice.randint(0, 3) / 1000
+        getattr(self, kind)(what)
+
+    def chance(self, share):
+        return share > 0 and self.dice.random() < share
+
+    # ------------------------------------------------------------ what is done
+
+    def do_StartAttempt(self, action):
+        self.start(action)
+
+    def do_StartBlock(self, action):
+        self.start(action)
+
+    def do_StartFold(self, action):
+        self.start(action)
+        for handle in action.accumulators:
+            assert handle == 0 or (action.run, handle) in self.values, "a fold reads a value that was released"
+
+    def start(self, action):
+        assert action.task not in self.started, "a task is started once"
+        self.started[action.task] += 1
+        assert action.run not in self.finished, "nothing starts after the end"
+        under = self.under[action.task] = Under(action, self.now)
+        if not isinstance(action, act.StartAttempt):
+            under.pieces = self.block_items(action)  # a call holds its arguments, whatever is released meanwhile
+        if isinstance(action, act.StartFold):
+            under.accumulators = [self.values[action.run, handle][0] for handle in action.accumulators if handle]
+
+    def do_StopAttempt(self, action):
+        if action.task in self.under:
+            self.under[action.task].stopped = True
+
+    def do_SetTimer(self, action):
+        assert action.timer not in self.timers
+        self.timers[action.timer] = (action.at, action.task)
+
+    def do_CancelTimer(self, action):
+        self.timers.pop(action.timer, None)
+
+    def do_PullSource(self, action):
+        assert (action.run, action.stage) not in self.pulls, "one pull at a time"
+        self.pulls[action.run, action.stage] = action.count
+
+    def do_StopSource(self, action):
+        self.pulls[action.run, action.stage] = -1
+
+    def do_Decide(self, action):
+        self.deciding.append((action.run, action.stage))
+
+    def do_Release(self, action):
+        for handle in action.handles:
+            assert (action.run, handle) in self.values, "a value is released once"
+            del self.values[action.run, handle]
+
+    def do_Emit(self, action):
+        assert action.run not in self.finished
+        if action.type == "stage.failed" and action.item is not None:
+            self.failed_items[action.run, action.stage] += 1
+
+    def do_KeepItems(self, action):
+        values = self.values[action.run, action.handle]
+        count = action.hi - action.lo if action.mask < 0 else action.mask.bit_count()
+        kept = self.kept.setdefault((action.run, action.stage), [])
+        kept.append((action.lo, values[action.at : action.at + count]))
+
+    def do_KeepAccumulator(self, action):
+        spec = self.layouts[action.run].specs[action.stage]
+        value = self.values[action.run, action.handle][0] if action.handle else spec.reduce.initial
+        self.outputs[action.run, action.stage] = value
+
+    def do_FinishRun(self, action):
+        assert action.run not in self.finished, "a run is finished once"
+        assert not [u for u in self.under.values() if u.action.run == action.run], "finished with something running"
+        self.finished[action.run] = action
+        self.values = {key: value for key, value in self.values.items() if key[0] != action.run}
+        self.pulls = {key: value for key, value in self.pulls.items() if key[0] != action.run}
+        self.deciding = [one for one in self.deciding if one[0] != action.run]
+
+    # ------------------------------------------------------------ what happens
+
+    def timer(self, timer):
+        at, task = self.timers.pop(timer)
+        self.now = max(self.now, at)
+        elapsed = None
+        if task in self.under and self.under[task].hung:
+            elapsed = self.now - self.under[task].since
+        self.send(sig.TimerDue(timer, elapsed))
+
+    def decide(self, one):
+        self.deciding.remove(one)
+        self.send(sig.Decided(*one, go=True))
+
+    def pull(self, key):
+        run, stage = key
+        asked = self.pulls[key]
+        source = self.sources.get(key)
+        if source is None:
+            source = self.sources[key] = self.open(run, stage)
+        if asked < 0:
+            del self.pulls[key]
+            self.send(sig.SourceEnded(run, stage, "cancelled"))
+            return
+        count = self.dice.randint(1, asked)
+        items, error, over = [], None, False
+        try:
+            while len(items) < count:
+                items.append(next(source))
+        except StopIteration:
+            over = True
+        except ValueError as raised:
+            over, error = True, ErrorInfo(type="ValueError", message=str(raised))
+        signals = []
+        if items:
+            self.pulls[key] = asked - len(items)
+            signals.append(sig.ItemsArrived(run, stage, len(items), self.hold(run, items), SIZE))
+        if over:
+            signals.append(sig.SourceEnded(run, stage, "error" if error else "ok", error))
+        if over or self.pulls[key] == 0:
+            del self.pulls[key]
+        if len(signals) == 2 and self.dice.randint(0, 1):
+            self.pulls[key] = 0
+            self.send(signals[0])
+            self.pulls.pop(key, None)
+            self.send(signals[1])
+        else:
+            self.send(*signals)
+
+    def open(self, run, stage):
+        spec = self.layouts[run].specs[stage]
+        if spec.role == Role.SOURCE:
+            return spec.runner(**self.commons(run, stage), ctx=None)
+        return iter(self.outputs[run, spec.over])
+
+    def hold(self, run, values):
+        self._handle += 1
+        self.values[run, self._handle] = values
+        return self._handle
+
+    def commons(self, run, stage):
+        return {name: self.whole(run, name) for name in self.sketches[run].stages[stage].reads}
+
+    def whole(self, run, name):
+        graph = self.layouts[run].graph
+        i = graph.index[name]
+        if graph.streams[i]:
+            return self.sequence(run, i)
+        return self.outputs.get((run, i))
+
+    def sequence(self, run, stage):
+        return [value for _, part in sorted(self.kept.get((run, stage), []), key=lambda one: one[0]) for value in part]
+
+    # ------------------------------------------------------------ ends of attempts
+
+    def end(self, task):
+        under = self.under[task]
+        if self.chance(self.deaths) and under.action.lane == "process":
+            del self.under[task]
+            suspect = bool(self.dice.randint(0, 1))
+            lost = ErrorInfo(type="WorkerDiedError", message="died")
+            if isinstance(under.action, act.StartBlock):
+                self.send(sig.BlockPart(task, Done(()), final=True, status="lost", error=lost, suspect=suspect))
+            else:
+                self.send(sig.AttemptEnded(task, "lost", error=lost, suspect=suspect))
+            return
+        if under.stopped and (under.hung or self.dice.randint(0, 1)):
+            del self.under[task]
+            if isinstance(under.action, act.StartBlock):
+                self.send(sig.BlockPart(task, Done(()), final=True, status="cancelled"))
+            else:
+                self.send(sig.AttemptEnded(task, "cancelled"))
+            return
+        kind = type(under.action).__name__
+        {"StartAttempt": self.end_attempt, "StartBlock": self.end_block, "StartFold": self.end_fold}[kind](under)
+
+    def end_attempt(self, under):
+        action = under.action
+        run, stage = action.run, action.stage
+        spec = self.layouts[run].specs[stage]
+        ended = sig.AttemptEnded(action.task, roll=self.dice.random(), seconds=self.dice.randint(0, 9) / 1000)
+        try:
+            result = spec.runner(**self.commons(run, stage), ctx=Ctx(action.attempt, action.feedback))
+        except HangError:
+            under.hung = True
+            if not under.stopped:
+                return
+            ended.status = "cancelled"
+            result = None
+        except ValueError as error:
+            ended.status, ended.error = "error", ErrorInfo(type="ValueError", message=str(error))
+            result = None
+        del self.under[action.task]
+        if isinstance(result, StageOutput):
+            ended.status = str(result.status)
+            ended.reason = result.error or result.skip_reason
+            ended.retryable = result.retryable
+            if ended.status in ("fail", "retry"):
+                ended.error = ErrorInfo(
+                    type="stageflow.StageOutput", message=result.error or "", retryable=result.retryable
+                )
+        elif ended.status == "ok":
+            self.outputs[run, stage] = result
+            if spec.kind == "route":
+                ended.route = tuple(result)
+        self.send(ended)
+
+    def block_items(self, action):
+        """(index, arguments) of every item of a block, by piece."""
+        sketch = self.sketches[action.run].stages[action.stage]
+        names = ["item", *([sketch.joined] if sketch.joined else [])]
+        pieces = []
+        for lo, hi, mask, columns in action.segments:
+            indices = [i for i in range(lo, hi) if mask < 0 or mask >> (i - lo) & 1]
+            lists = []
+            for handle, at in columns:
+                assert (action.run, handle) in self.values, "a block reads a value that was released"
+                values = self.values[action.run, handle]
+                places = range(at, at + len(indices)) if isinstance(at, int) else at
+                assert len(places) == len(indices)
+                lists.append([values[place] for place in places])
+            pieces.append((lo, hi, indices, [dict(zip(names, row, strict=True)) for row in zip(*lists, strict=True)]))
+        return pieces
+
+    def end_block(self, under):
+        """Report some more of a block, or its end."""
+        action = under.action
+        spec = self.layouts[action.run].specs[action.stage]
+        if spec.policies.batch is not None:
+            self.end_batch(under)
+            return
+        flat = isinstance(spec.runner, FlatRunner)
+        commons = self.commons(action.run, action.stage)
+        rows = []  # (piece number, place, index, given)
+        pieces = under.pieces
+        for number, (_, _, indices, given) in enumerate(pieces):
+            rows.extend(
+                (number, place, index, one) for place, (index, one) in enumerate(zip(indices, given, strict=True))
+            )
+        assert rows, "an empty block was started"
+        if under.at < len(rows):
+            number = rows[under.at][0]
+            mine = [row for row in rows[under.at :] if row[0] == number]
+            take = self.dice.randint(1, len(mine))
+            lo, hi, indices, _ = pieces[number]
+            first, stop = mine[0][1], mine[0][1] + take
+            lo = lo if first == 0 else indices[first]
+            hi = hi if stop == len(indices) else indices[stop]
+            values, failures, counts, mask = [], [], [], 0
+            for _, _, index, given in mine[:take]:
+                status, found = self.call(action, spec, index, {**given, **commons}, flat)
+                if status == "hang":
+                    under.hung = True
+                    assert len(rows) == 1, "what has a timeout runs alone"
+                    return
+                if status == "ok":
+                    mask |= 1 << (index - lo)
+                    values.extend(found if flat else [found])
+                    counts.append(len(found) if flat else 1)
+                elif status == "drop":
+                    counts.append(0)
+                else:
+                    info = ErrorInfo(
+                        type="ValueError" if status == "error" else "stageflow.StageOutput",
+                        message=str(found), retryable=status == "retry",
+                    )  # fmt: skip
+                    failures.append(ItemFailure(index, "fail" if status == "error" else status, info, (index,)))
+            if mask == (1 << (hi - lo)) - 1:
+                mask = -1
+            keeps = spec.role != Role.SINK
+            if spec.role == Role.SINK:
+                sink = self.kept.setdefault((action.run, action.stage), [])
+                sink.extend((self.steps, [value]) for value in values)
+            done = Done(
+                ((lo, hi, mask),), tuple(failures), counts=tuple(counts) if flat else None,
+                seconds=take * self.dice.randint(1, 2000) / 1e6,
+            )  # fmt: skip
+            under.at += take
+            part = sig.BlockPart(action.task, done, retries=tuple((None, None, self.dice.random()) for _ in failures))
+            if keeps and values:
+                part.handle, part.nbytes = self.hold(action.run, values), SIZE
+            part.final = under.at == len(rows) and bool(self.dice.randint(0, 1))
+        else:
+            part = sig.BlockPart(action.task, Done(()), final=True)
+        if not part.final and self.dice.randint(0, 9) == 0 and under.at < len(rows):
+            part.final = True  # a time slice is over: the rest goes back
+        if part.final:
+            del self.under[action.task]
+        self.send(part)
+
+    def call(self, action, spec, index, given, flat):
+        try:
+            result = spec.runner(**given, ctx=Ctx(action.attempt))
+            if flat:
+                result = list(result)
+        except HangError:
+            return "hang", None
+        except ValueError as error:
+            return "error", error
+        if result is DROP:
+            return "drop", None
+        if isinstance(result, StageOutput):
+            status = str(result.status)
+            return ("drop", None) if status == "skip" else (status, result.error)
+        return "ok", result
+
+    def end_batch(self, under):
+        action = under.action
+        spec = self.layouts[action.run].specs[action.stage]
+        pieces = under.pieces
+        items = [given["item"] for _, _, _, rows in pieces for given in rows]
+        assert items, "an empty batch was started"
+        assert len(items) <= spec.policies.batch
+        part = sig.BlockPart(action.task, Done(()), final=True)
+        try:
+            values = spec.runner(item=items, **self.commons(action.run, action.stage), ctx=Ctx(action.attempt))
+        except ValueError as error:
+            part.status, part.error = "error", ErrorInfo(type="ValueError", message=str(error))
+            part.retries = ((None, None, self.dice.random()),)
+        else:
+            ranges = []
+            for lo, hi, indices, _ in pieces:
+                mask = sum(1 << (index - lo) for index in indices)
+                ranges.append((lo, hi, -1 if mask == (1 << (hi - lo)) - 1 else mask))
+            part.done = Done(tuple(ranges))
+            part.handle, part.nbytes = self.hold(action.run, values), SIZE
+        del self.under[action.task]
+        self.send(part)
+
+    def end_fold(self, under):
+        action = under.action
+        run, stage = action.run, action.stage
+        spec = self.layouts[run].specs[stage]
+        ended = sig.AttemptEnded(action.task, roll=self.dice.random())
+        try:
+            if action.job == "merge":
+                acc = [one for accumulator in under.accumulators for one in accumulator]
+            else:
+                acc = under.accumulators[0] if under.accumulators else spec.reduce.initial
+                for _, _, _, rows in under.pieces:
+                    for given in rows:
+                        acc = spec.runner(acc, given["item"], **self.commons(run, stage), ctx=Ctx(action.attempt))
+        except ValueError as error:
+            ended.status, ended.error = "error", ErrorInfo(type="ValueError", message=str(error))
+        else:
+            ended.handle, ended.nbytes = self.hold(run, [acc]), SIZE
+        del self.under[action.task]
+        self.send(ended)
+
+    # ------------------------------------------------------------ the end
+
+    def check_clean(self):
+        """Nothing is left of the runs."""
+        machine = self.machine
+        assert not machine.runs
+        assert not machine.tasks
+        assert machine.live_bytes == 0
+        assert all(lane.used == 0 for lane in machine.lanes.values())
+        assert sorted(machine.admission.free_tokens["gpu"]) == [0, 1]
+        assert not machine.admission.busy
+        assert not [t for t in self.timers if t not in machine.admission.timers]
+
+    def states(self, run):
+        names = {StageState.DONE: "ok", StageState.SKIPPED: "skip", StageState.FAILED: "fail"}
+        raw = self.machine.final_states[run]
+        return {
+            spec.name: names.get(StageState(at), StageState(at).name)
+            for spec, at in zip(self.layouts[run].specs, raw, strict=True)
+        }
+
+    def check_reference(self, run):
+        """The end is the one that the reference works out."""
+        sketch = self.sketches[run]
+        wanted = sketch.reference()
+        assert self.finished[run].status == wanted.status, (self.finished[run], wanted)
+        if not wanted.states:
+            return
+        # how far a stream that breaks has come, and who had begun by then, depends on the order of things
+        loose = {stage.name for stage in sketch.stages if self.tainted(wanted, sketch, stage.name)}
+        states = self.states(run)
+        assert {name: at for name, at in states.items() if name not in loose} == {
+            name: at for name, at in wanted.states.items() if name not in loose
+        }
+        for i, stage in enumerate(sketch.stages):
+            if stage.name not in wanted.values or wanted.states[stage.name] != "ok":
+                continue
+            value = wanted.values[stage.name]
+            if stage.name in loose:
+                continue
+            if stage.role == "sink":
+                got = [v for _, part in self.kept.get((run, i), []) for v in part]
+                if stage.policies.get("ordered"):
+                    assert got == value
+                else:
+                    assert sorted(got) == sorted(value)
+            elif stage.role in ("source", "map", "flat", "batch"):
+                if i in self.layouts[run].keeps or i in self.layouts[run].collectors:
+                    assert self.sequence(run, i) == value, stage
+            else:
+                assert self.outputs[run, i] == value, stage
+        names = {self.layouts[run].specs[stage].name: n for (r, stage), n in self.failed_items.items() if r == run}
+        assert {n: k for n, k in names.items() if n not in loose} == {
+            n: k for n, k in wanted.lost.items() if n not in loose
+        }
+
+    def tainted(self, wanted, sketch, name):
+        """Whether a stream that failed lies above: how much of it came through depends on the order of things."""
+        by_name = {stage.name: stage for stage in sketch.stages}
+        todo, seen = [name], set()
+        while todo:
+            one = by_name[todo.pop()]
+            if one.name in seen:
+                continue
+            seen.add(one.name)
+            if wanted.states[one.name] == "fail" and one.role in ("source", "map", "flat", "batch", "sink"):
+                return True
+            when = one.policies.get("when")
+            above = (one.over, one.joined, *one.reads, *one.after, when[0] if when else None)
+            todo.extend(other for other in above if other is not None)
+        return False
+
+
+__all__ = ["Runner", "Simulation", "SourceRunner"]

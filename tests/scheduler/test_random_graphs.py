@@ -1,0 +1,104 @@
+"""Random pipelines x random order of everything, on the machine alone: the books balance after each signal, every run
+ends, and where the outcome is determined it is the one that a trivial interpreter works out."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stageflow_scheduler_simulator import Simulation
+
+from stageflow.scheduler.audit import Story, replay
+from stageflow.scheduler.machine import Machine
+from stageflow.testing.strategies import graphs, random_sketch
+
+RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+
+
+def simulate(seed, **options):
+    """One random pipeline under random circumstances, to its end."""
+    dice = random.Random(seed)
+    sketch = random_sketch(dice, most=options.pop("most", 9), faults=options.pop("faults", True))
+    options.setdefault("memory", dice.choice([0, 0, 15, 60]))
+    options.setdefault("deaths", dice.choice([0, 0, 0.1, 0.3]))
+    lanes = {"process": dice.randint(1, 3), "thread": dice.randint(1, 3), "async": 4, "inline": 1}
+    simulation = Simulation(dice, lanes=lanes, ahead={"process": dice.randint(1, 3)}, **options)
+    run = simulation.submit(sketch)
+    simulation.run()
+    simulation.check_clean()
+    return simulation, run
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_any_pipeline_without_faults_gives_the_reference_values(block):
+    for seed in range(block * 40, block * 40 + 40):
+        simulation, run = simulate(seed, faults=False)
+        assert simulation.finished[run].status == "completed"
+        simulation.check_reference(run)
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_any_pipeline_with_faults_ends_as_the_reference_says(block):
+    for seed in range(10_000 + block * 100, 10_000 + block * 100 + 100):
+        simulation, run = simulate(seed)
+        simulation.check_reference(run)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_cancel_at_any_moment_ends_every_run_and_leaves_nothing(block):
+    for seed in range(20_000 + block * 100, 20_000 + block * 100 + 100):
+        simulation, run = simulate(seed, cancel=0.05)
+        assert simulation.finished[run].status in ("completed", "failed", "cancelled")
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_runs_that_share_lanes_tokens_and_memory_do_not_touch_each_other(block):
+    for seed in range(30_000 + block * 25, 30_000 + block * 25 + 25):
+        dice = random.Random(seed)
+        simulation = Simulation(dice, lanes={"process": 2, "thread": 2, "async": 2, "inline": 1}, memory=40)
+        runs = [simulation.submit(random_sketch(dice, most=6)) for _ in range(3)]
+        simulation.run(60_000)
+        simulation.check_clean()
+        for run in runs:
+            simulation.check_reference(run)
+
+
+@given(graphs(most=6), st.integers(0, 1 << 32))
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+def test_hypothesis_finds_no_pipeline_that_breaks_the_books(sketch, seed):
+    simulation = Simulation(random.Random(seed), deaths=0.1)
+    run = simulation.submit(sketch)
+    simulation.run()
+    simulation.check_clean()
+    simulation.check_reference(run)
+
+
+def test_a_log_of_signals_replays_to_the_same_actions():
+    for seed in range(40):
+        simulation, _ = simulate(seed, checked=False)
+        fresh = Machine(
+            {name: lane.slots for name, lane in simulation.machine.lanes.items()},
+            tokens={"gpu": 2},
+            memory=simulation.machine.memory,
+            poison_limit=simulation.machine.poison_limit,
+            ahead=simulation.machine.ahead,
+        )
+        assert replay(simulation.log, fresh) == simulation.actions
+
+
+def test_the_story_of_a_stage_is_kept_on_request():
+    dice = random.Random(3)
+    simulation = Simulation(dice)
+    story = Story(simulation.machine)
+    simulation.submit(random_sketch(dice, faults=False))
+    simulation.run()
+    assert story.of("run-1", "s0")[-1].endswith("-> DONE")
+    assert story.of("run-1", "nobody") == ()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_very_many_pipelines():
+    for seed in range(100_000, 130_000):
+        simulation, run = simulate(seed)
+        simulation.check_reference(run)
