@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from stageflow.core.failure import revive
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.graph import StageGraph
@@ -125,6 +126,8 @@ def _explained(info: ErrorInfo | None, *, traceback: bool) -> list[str]:
         if frames:
             lines.append(f"at {frames[-1].removeprefix('File ')}")
     lines += [f"note: {note}" for note in info.notes]
+    if info.code is not None and (hint := getattr(revive(info), "hint", None)):
+        lines.append(f"-> {hint}")
     if info.signal is not None:
         lines.append(f"killed by signal {info.signal}" + (", by the kernel: out of memory" if info.oom_killed else ""))
     elif info.exit_code is not None:

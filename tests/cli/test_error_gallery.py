@@ -18,6 +18,7 @@ import pytest
 
 from stageflow import DefinitionError, PipelineBuilder, RetryConfig, StageFailedError, StageKind, StageOutput
 from stageflow.cli.inputs import read_inputs
+from stageflow.cli.show import print_failures
 
 
 def number(x: int) -> int:
@@ -265,3 +266,19 @@ def test_a_run_error(name):
     with pytest.raises(StageFailedError) as caught:
         result.raise_for_failure()
     assert re.search(expected, str(caught.value))
+
+
+def test_the_command_prints_what_to_do_about_a_failure(capsys):
+    print_failures(alone(lock, executor="process").build().run({"x": 4}))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("failed: stage 'store', process lane: NotShippableError: ")
+    assert any(line.strip().startswith("-> hand over the data it was made from instead") for line in lines)
+
+
+def test_a_crash_is_one_line_and_the_end_of_its_standard_error(capsys):
+    print_failures(alone(crash, executor="process").build().run({"x": 4}))
+    text = capsys.readouterr().err
+    assert re.match(r"failed: stage 'store', process lane: WorkerDiedError: worker \d+ was killed by SIGSEGV.*\n", text)
+    assert "killed by signal 11" in text
+    assert "the end of its standard error:" in text
+    assert len(text.splitlines()) < 15
