@@ -18,6 +18,8 @@ REPORT_NS: Final = 1_000_000  #: finished results wait no longer than this for t
 LARGE: Final = 32 * 1024
 SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
 
+_WORDS: Final = frozenset((type(None), bool, int, float))
+
 #: an item: a tuple of exact scalars, or the pickle of (args, kwargs), so that no two items share an object
 Item = tuple[Any, ...] | bytes
 
@@ -100,6 +102,10 @@ def read(result: Any) -> tuple[bool, Any]:
 
 def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Item | None:
     """The item for a call; None if it must go through the codec by itself."""
-    if not kwargs and all(type(arg) in SCALARS and (type(arg) not in (str, bytes) or len(arg) < LARGE) for arg in args):
+    if not kwargs and (_WORDS.issuperset(map(type, args)) or _are_small(args)):
         return args
     return _small_pickle((args, kwargs))
+
+
+def _are_small(args: tuple[Any, ...]) -> bool:
+    return all(type(arg) in SCALARS and (type(arg) not in (str, bytes) or len(arg) < LARGE) for arg in args)

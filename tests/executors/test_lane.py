@@ -108,6 +108,33 @@ async def main():
     assert run_script(tmp_path, text, start_method).splitlines() == ["imported", "('A', True) B", "True"]
 
 
+def test_structs_of_main_cross_both_ways(tmp_path: Path) -> None:
+    text = """
+import asyncio, msgspec
+from stageflow_executors.processes.pool import ProcessExecutor
+class Part(msgspec.Struct, frozen=True, rename="camel"):
+    part_name: str
+    tags: list[str] = []
+class Doc(msgspec.Struct, tag="doc"):
+    name: str
+    part: Part | None = None
+    seen: dict = msgspec.field(default_factory=dict)
+    @property
+    def loud(self): return self.name.upper()
+    def again(self): return Doc(self.name * 2, self.part)
+def use(docs):
+    return [d.again() for d in docs], docs[0].loud, msgspec.json.encode(docs[0]), Doc("x") == Doc("x")
+async def main():
+    async with ProcessExecutor(2) as executor:
+        docs = [Doc("a", Part("p")), Doc("b")]
+        back, loud, text, equal = await executor.submit(use, docs)
+        print(back == [d.again() for d in docs], type(back[0]) is Doc, loud, text == msgspec.json.encode(docs[0]), equal)
+        print(await executor.submit(lambda: Part("q")) == Part("q"), await executor.submit(list, docs) == docs)
+asyncio.run(main())
+"""
+    assert run_script(tmp_path, text).splitlines() == ["True True A True True", "True True"]
+
+
 async def test_calls_outside_the_open_lane_are_refused() -> None:
     executor = ProcessExecutor(1)
     with pytest.raises(LaneClosedError):

@@ -16,9 +16,13 @@ import threading
 import types
 from typing import Any
 
+import msgspec
+
 from stageflow.core.errors import NotShippableError
 from stageflow.core.executor import Shipped
 from stageflow_executors.shm.codec import find_culprit
+
+StructMeta: Any = type(msgspec.Struct)
 
 
 def _found_on_path(name: str) -> bool:
@@ -152,6 +156,8 @@ class Shipping:
         """(pickle by value, objects of by-value modules in it that have a global name)."""
         import cloudpickle
 
+        from stageflow_executors.processes import structs
+
         self.modules["cloudpickle"] = None
         shipping = self
         found: list[Any] = []
@@ -169,6 +175,8 @@ class Shipping:
                         if module != "__main__" and module in sys.modules and module not in registered:
                             registered.append(module)
                             cloudpickle.register_pickle_by_value(sys.modules[module])
+                if isinstance(obj, StructMeta) and not shipping.importable(obj.__module__):
+                    return structs.reduce(obj)
                 return super().reducer_override(obj)
 
         registered: list[str] = []
