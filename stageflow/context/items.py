@@ -146,16 +146,21 @@ class ItemProgram(Program):
 
     def __call__(
         self, port: WorkerPort, header: Header, snapshot: Any, pieces: tuple[Any, ...], *args: Any
-    ) -> Iterator[Reply]:
-        """Run a block; yields a Reply per part."""
+    ) -> Generator[Reply, None, Reply]:
+        """Run a block; yields a Reply per part and returns the last one, which ends the call together with it."""
         parsed = [piece if type(piece) is Piece else Piece(*piece) for piece in pieces]
         if self.batch:
-            yield self._run_batch(port, header, snapshot, parsed, args)
-            return
+            return self._run_batch(port, header, snapshot, parsed, args)
         started = time.perf_counter()
         last = len(parsed) - 1
+        held: Reply | None = None  # finished pieces that are reported with the next: many small ones make one part
+        held_seconds = 0.0
         for number, piece in enumerate(parsed):
             left_at, reply = yield from self._run_piece(port, header, snapshot, piece, args, started)
+            piece_seconds = reply.meta.seconds
+            if held is not None:
+                reply = _merged(held, reply)
+            held_seconds += piece_seconds
             if left_at is None and number == last:
                 return reply
             if left_at is not None:
@@ -163,7 +168,11 @@ class ItemProgram(Program):
                 unrun.extend((later.lo, later.hi) for later in parsed[number + 1 :])
                 reply.meta = msgspec.structs.replace(reply.meta, unrun=tuple(unrun))
                 return reply
-            yield reply
+            if held_seconds + piece_seconds < REPORT_SECONDS:
+                held = reply
+            else:
+                held, held_seconds = None, 0.0
+                yield reply
         return Reply(None, Done(()), has_value=False)
 
     def _run_piece(
@@ -567,6 +576,26 @@ class _Part:
         done = Done(((lo, hi, mask_to_wire(mask)),), tuple(self.failures), (), counts, seconds, cpu)
         has_value = self.program.keeps_values and (bool(self.values) or self.program.flat)
         return Reply(self.values if has_value else None, done, has_value=has_value)
+
+
+def _merged(first: Reply, second: Reply) -> Reply:
+    """Two parts as one, in their order."""
+    a: Done = first.meta
+    b: Done = second.meta
+    counts = None if a.counts is None and b.counts is None else (*(a.counts or ()), *(b.counts or ()))
+    done = Done(
+        (*a.ranges, *b.ranges),
+        (*a.failures, *b.failures),
+        (*a.unrun, *b.unrun),
+        counts,
+        a.seconds + b.seconds,
+        a.cpu_seconds + b.cpu_seconds,
+    )
+    if not first.has_value:
+        return Reply(second.value, done, second.has_value)
+    if not second.has_value:
+        return Reply(first.value, done)
+    return Reply([*first.value, *second.value], done)
 
 
 def _mask_of(indices: Any, lo: int, hi: int) -> int:

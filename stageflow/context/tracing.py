@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -163,9 +163,9 @@ class Traced:
         with attempt_scope(port, self._extras(header), header.item):
             return self.program(port, header, *args)
 
-    def _parts(self, port: WorkerPort, header: Header, *args: Any) -> Iterator[Any]:
+    def _parts(self, port: WorkerPort, header: Header, *args: Any) -> Generator[Any, None, Any]:
         with attempt_scope(port, self._extras(header), header.item):
-            yield from self.program(port, header, *args)
+            return (yield from self.program(port, header, *args))
 
     async def run_async(self, port: WorkerPort, header: Header, *args: Any) -> Any:
         """As the program's own."""

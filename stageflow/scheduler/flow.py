@@ -690,6 +690,15 @@ class FlowRules:
             self._whole_block_failed(run, task, stream, rest, signal, now)
         elif signal.status == "lost":
             self._block_lost(run, stream, rest, signal, now)
+        elif signal.status == "ok" and not task.reported:
+            # a lane that loses results would be asked for ever
+            signal.status = "error"
+            signal.error = ErrorInfo(
+                type="stageflow.core.errors.InvariantError",
+                code="SF-INVARIANT",
+                message="a block came back without the outcome of a single item",
+            )
+            self._whole_block_failed(run, task, stream, rest, signal, now)
         else:
             for segment in rest:
                 segment.since = now
