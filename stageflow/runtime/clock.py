@@ -19,6 +19,11 @@ class DriverClock(Protocol):
         """Unix time in nanoseconds."""
         ...
 
+    def entered(self, measured: float, started: float) -> float:
+        """When an attempt's function was entered, on this clock: an executor measured `measured` in real time, the
+        driver handed it over at `started`."""
+        ...
+
     def call_at(self, loop: asyncio.AbstractEventLoop, when: float, callback: Callable[[], Any]) -> Any:
         """Call back at monotonic second `when`; what is returned has `cancel()`."""
         ...
@@ -33,6 +38,10 @@ class RealClock:
 
     monotonic = staticmethod(time.monotonic)
     time_ns = staticmethod(time.time_ns)
+
+    def entered(self, measured: float, started: float) -> float:
+        """What the executor measured."""
+        return measured
 
     def call_at(self, loop: asyncio.AbstractEventLoop, when: float, callback: Callable[[], Any]) -> Any:
         """A timer of the loop."""

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Final
 
@@ -110,16 +110,24 @@ class Engine:
     `Engine(EngineConfig(...))` or `Engine(processes=2, ...)`. Workers, shared memory and the fork server belong to
     the engine and to
     no loop; each loop that runs something has a scheduler of its own. `events` takes sinks for all runs:
-    `engine.events.add(sink)`.
+    `engine.events.add(sink)`. `clock` and `lanes` (lane -> what makes its executor) are for tests.
     """
 
-    def __init__(self, config: EngineConfig | None = None, *, clock: DriverClock | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        clock: DriverClock | None = None,
+        lanes: Mapping[str, Callable[[], Executor]] | None = None,
+        **fields: Any,
+    ) -> None:
         if config is not None and fields:
             raise DefinitionError(
                 "give Engine either a configuration or keywords, not both", hint="EngineConfig(**keywords)"
             )
         self.config = config if config is not None else EngineConfig.make(**fields)
         self.clock: DriverClock = clock if clock is not None else RealClock()
+        self._made_by = dict(lanes or {})
         self.events = FanOut(self.config.event_sinks, redact=self.config.redact)
         self.closed = False
         self._scope = next(_scopes)
@@ -234,8 +242,10 @@ class Engine:
                 state.driver.attach(lane, executor)
 
     def _make_lane(self, lane: str) -> Executor:
-        if lane == "process":
-            made: Executor = load(LANES[lane])(supply=self.supply(), grace=self.config.grace)
+        if lane in self._made_by:
+            made: Executor = self._made_by[lane]()
+        elif lane == "process":
+            made = load(LANES[lane])(supply=self.supply(), grace=self.config.grace)
         elif lane == "thread":
             made = load(LANES[lane])(self.config.threads)
         else:

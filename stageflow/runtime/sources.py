@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final
@@ -98,16 +100,16 @@ class ThreadSource:
             self._turn.notify()
 
     def stop(self, reason: str) -> None:
-        """Close the iterator between two items; one that hangs in its `next` is left behind with its daemon thread."""
+        """Close the iterator between two items. One that hangs in its `next` is left behind with its daemon thread when
+        the scheduler's grace is over."""
         with self._turn:
             self._stopped = True
             self._turn.notify()
-        self._loop.call_later(0.25, self._leave)
 
-    def _leave(self) -> None:
-        if not self._over:
-            self._over = True
-            self._ended(None)
+    def stack(self) -> str:
+        """Where the thread is now."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:
         try:
@@ -197,6 +199,7 @@ class TaskSource:
         self._over = False
         self._wake = asyncio.Event()
         self._task = loop.create_task(self._drive())
+        self._task.add_done_callback(self._left)
 
     def pull(self, count: int) -> None:
         """Add credit."""
@@ -206,6 +209,12 @@ class TaskSource:
     def stop(self, reason: str) -> None:
         """Cancel the task; the generator is closed inside it."""
         self._task.cancel(reason)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step never enters `_drive`."""
+        if not self._over:
+            self._over = True
+            self._ended(None)
 
     async def _drive(self) -> None:
         error: BaseException | None = None

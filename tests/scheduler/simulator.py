@@ -1,4 +1,4 @@
-"""A driver without loop, clock or lanes: performs a machine's actions on sketched pipelines, in an order that dice decide.
+"""A driver without loop, clock or lanes: performs a machine's actions on sketched pipelines in an order that dice say.
 
 The runners are really called; when an attempt ends, how much of a block comes back, when workers die and when timers
 fire is chosen at random. After each signal the books are audited.
