@@ -122,6 +122,14 @@ class AsyncExecutor(LocalLane):
         self._loop = None
 
 
+async def _settled(result: Any) -> tuple[Any, SystemExit | None]:
+    """Value, or a SystemExit as a value: a task that raised it would end the loop, not the call."""
+    try:
+        return await result, None
+    except SystemExit as error:
+        return None, error
+
+
 class InlineExecutor(LocalLane):
     """Runs one call after the other in the loop's own thread, in the order of `start`: the reference for every other
     lane."""
@@ -164,11 +172,14 @@ class InlineExecutor(LocalLane):
                 continue
             port.started = started = time.monotonic()
             try:
-                result = call.shipped.function(port, *call.args)
+                result: Any = call.shipped.function(port, *call.args)
                 if inspect.isawaitable(result):
-                    inner = asyncio.ensure_future(result)
+                    inner = asyncio.ensure_future(_settled(result))
                     port.on_cancel(lambda inner=inner: inner.cancel())  # type: ignore[misc]
-                    result = await inner
+                    settled = await inner
+                    if settled[1] is not None:
+                        raise settled[1]
+                    result = settled[0]
                 if inspect.isgenerator(result):
                     for reply, ends in parts_of(result):
                         if ends:

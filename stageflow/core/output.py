@@ -41,6 +41,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     stderr_tail: str | None = None
     elapsed: float | None = None
     limit: float | None = None
+    abandoned: bool | None = None  #: the attempt could not be stopped and goes on in its thread
     pickled: bytes | None = None  #: the exception itself, pickle 5, where it could be pickled
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any, Final
 import msgspec
 
 from stageflow.context.attempt import ABSENT, Header
+from stageflow.context.cancellation import CancellationToken
 from stageflow.context.items import Done, ItemFailure, Piece, mask_from_wire
 from stageflow.context.tracing import TRACE, current_traceparent
-from stageflow.core.errors import InvariantError, StageflowError
+from stageflow.core.errors import InvariantError, StageflowError, StageTimeoutError
 from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Payload
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageKind, StageStatus
@@ -60,6 +61,7 @@ class Running(msgspec.Struct, eq=False):
     executor: Executor
     since: float
     claim: Any = None
+    timeout: float | None = None  # the limit that was used up
 
 
 class Driver:
@@ -84,7 +86,7 @@ class Driver:
         self.jobs: dict[int, Job] = {}
         self.running: dict[int, Running] = {}
         self.first_starts: dict[tuple[int, Any], float] = {}
-        self.recorder: list[tuple[float, Any]] | None = None
+        self.recorder: list[tuple[float, list[Any]]] | None = None  # a turn's time and signals, for `audit.replay`
         self.policies = policies  # interceptors and idempotency: `stageflow.runtime.around`
         self.engine = engine
         live_drivers.add(self)
@@ -97,6 +99,8 @@ class Driver:
         self._seq = 0
         self._payload_types: dict[type, bool] = {}
         self._deliver_attempt = self._attempt_outcome
+        self._deliver_block = self._guarded(self._block_outcome)
+        self._deliver_fold = self._guarded(self._fold_outcome)
         for executor in self.executors.values():
             self._listen(executor)
         self._perform: dict[type, Callable[[Any], None]] = {
@@ -156,7 +160,7 @@ class Driver:
                 self._signals = []
                 now = self.clock.monotonic()
                 if self.recorder is not None:
-                    self.recorder.extend((now, signal) for signal in signals)
+                    self.recorder.append((now, signals))
                 actions = self.machine.handle_all(signals, now)
                 perform = self._perform
                 for action in actions:
@@ -200,13 +204,38 @@ class Driver:
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
-        if job.token is not None:
-            token = job.token
-            job.unlink = token.on_cancel(lambda reason: self.cancel_threadsafe(job, reason))
         self.signal(
             sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth)
         )  # fmt: skip
+        if job.token is not None:
+            self._follow(job, job.token)
         return job
+
+    def _follow(self, job: Job, token: CancellationToken) -> None:
+        """Cancel the run with its token. A token cancelled before the start comes right behind the submission: nothing
+        of the run starts. A token's deadline is noticed when somebody looks: a timer of the loop does."""
+        unregister = token.on_cancel(lambda reason: self.cancel_threadsafe(job, reason))
+        left = token.remaining
+        if left is None or token.cancelled:
+            job.unlink = unregister
+            return
+        timer: list[Any] = []
+
+        def look() -> None:
+            timer.clear()
+            if token.cancelled:  # reading it runs the callback above
+                return
+            wait = max(token.remaining or 0.0, 0.001)
+            timer.append(self.clock.call_at(self.loop, self.clock.monotonic() + wait, look))
+
+        timer.append(self.clock.call_at(self.loop, self.clock.monotonic() + left, look))
+
+        def unlink() -> None:
+            unregister()
+            for handle in timer:
+                handle.cancel()
+
+        job.unlink = unlink
 
     def cancel(self, job: Job, reason: str, *, force: bool = False) -> None:
         """Stop a run."""
@@ -234,7 +263,10 @@ class Driver:
     def _finish_run(self, action: act.FinishRun) -> None:
         job = self.jobs.pop(action.run)
         now = self.clock.monotonic()
-        for pump in job.pumps.values():
+        for stage, pump in list(job.pumps.items()):
+            # it had the whole grace to close
+            stack = pump.stack() if hasattr(pump, "stack") else ""
+            job.abandoned.append(Abandoned(job.graph.specs[stage].name, None, 1, stack))
             pump.stop("the run is over")
         job.pumps.clear()
         states = self.final_states.pop(action.run, b"")
@@ -255,13 +287,21 @@ class Driver:
         job.book.handles.clear()
         if job.cleanups:
             self.loop.create_task(self._after_cleanups(job, result))
-        elif not job.finished.done():
-            job.finished.set_result(result)
+        else:
+            self._tell(job, result)
 
     async def _after_cleanups(self, job: Job, result: Any) -> None:
         """Every cleanup has run before the caller gets the result."""
         await asyncio.wait(job.cleanups, timeout=self.machine.grace)
-        if not job.finished.done():
+        self._tell(job, result)
+
+    def _tell(self, job: Job, result: Any) -> None:
+        """Give the caller the result, or the bug that kept us from making a true one."""
+        if job.finished.done():
+            return
+        if job.broken is not None:
+            job.finished.set_exception(job.broken)
+        else:
             job.finished.set_result(result)
 
     @property
@@ -283,6 +323,7 @@ class Driver:
             extras = {"tokens": action.tokens}
         feedback = getattr(action, "feedback", None)
         if feedback is not None:
+            feedback = {**feedback, "data": self._guard_data(job, feedback["guard"])}
             extras = {**(extras or {}), "feedback": feedback}
         if job.depth:
             extras = {**(extras or {}), "depth": job.depth}
@@ -293,6 +334,11 @@ class Driver:
         if policies is not DEFAULT_POLICIES and policies.timeout is not None:
             deadline = self.clock.monotonic() + policies.timeout
         return Header(job.run_id, action.attempt, item, deadline, failed, skipped, extras)
+
+    def _guard_data(self, job: Job, guard: str) -> Any:
+        """What a guard's failing output carried; the machine handles no values, the book has it."""
+        end = job.book.ends.get(job.graph.index[guard])
+        return end.data if end is not None and end.status is StageStatus.FAIL else None
 
     def _missing(self, job: Job, stage: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         failed: list[str] = []
@@ -413,11 +459,11 @@ class Driver:
         if running is None:
             return
         if type(running.action) is act.StartBlock:
-            self._block_outcome(outcome)
+            self._deliver_block(outcome)
         elif type(running.action) is act.StartFold:
-            self._fold_outcome(outcome)
+            self._deliver_fold(outcome)
         else:
-            self._attempt_outcome(outcome)
+            self._deliver_attempt(outcome)
 
     def _start_block(self, action: act.StartBlock) -> None:
         job = self.jobs[action.run]
@@ -447,7 +493,7 @@ class Driver:
         if self.policies is not None and self.policies.wanted(spec.policies):
             self.policies.around(self, running, call, spec)
         else:
-            executor.start(call, self._block_outcome)
+            executor.start(call, self._deliver_block)
 
     def _pieces(self, job: Job, segments: Any, first: int, lane: str) -> tuple[tuple[Piece, ...], list[Any]]:
         """Segments as a call carries them: each list of values once, addressed by its place among the arguments."""
@@ -511,9 +557,43 @@ class Driver:
         except Exception as error:
             self._refuse(running, error)
             return
-        executor.start(call, self._fold_outcome)
+        executor.start(call, self._deliver_fold)
 
     # ------------------------------------------------------------ outcomes
+
+    def _guarded(self, take: Callable[[Outcome], None]) -> Callable[[Outcome], None]:
+        """`take`, of which a bug ends the run instead of leaving it to wait for a signal that never comes."""
+
+        def deliver(outcome: Outcome) -> None:
+            running = self.running.get(outcome.call_id)
+            if running is None:
+                return
+            try:
+                take(outcome)
+            except BaseException as error:
+                self._misread(running, outcome, error)
+
+        return deliver
+
+    def _misread(self, running: Running, outcome: Outcome, error: BaseException) -> None:
+        """A bug of ours while an outcome was taken in: that run ends with it, the others go on."""
+        if not isinstance(error, Exception):
+            self._broken(error)
+            return
+        _log.error("an outcome could not be taken in; its run ends", exc_info=error)
+        job, task = running.job, running.action.task
+        failure = error if isinstance(error, StageflowError) else InvariantError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error if failure is not error else error.__cause__
+        job.broken = job.broken or failure
+        self.signal(sig.CancelRequested(job.id, str(failure), force=True))
+        if not outcome.final:
+            return  # the call still has its last word to say
+        self.running.pop(outcome.call_id, None)
+        info = capture(error, lane=running.action.lane, attempt=running.action.attempt)
+        if type(running.action) is act.StartBlock:
+            self.signal(sig.BlockPart(task, Done(()), final=True, status="cancelled", error=info))
+        else:
+            self.signal(sig.AttemptEnded(task, "cancelled", error=info))
 
     def _attempt_outcome(self, outcome: Outcome) -> None:
         """An attempt of a plain stage has ended."""
@@ -522,7 +602,11 @@ class Driver:
         running = self.running.pop(outcome.call_id, None)
         if running is None:
             return
-        self._signals.append(self._ended(running, outcome))
+        try:
+            self._signals.append(self._ended(running, outcome))
+        except BaseException as error:
+            self._misread(running, outcome, error)
+            return
         if self._scheduled or self._turning:
             return
         if not self.running:
@@ -553,8 +637,12 @@ class Driver:
                 self._declined(job, running, ended, meta, outcome)
             if job.survivors:
                 job.survivors.pop(action.task, None)
+            if running.timeout is not None:
+                self._judge_timeout(running, action.stage, ended)
             return ended
         self._unsuccessful(running, ended, outcome)
+        if running.timeout is not None:
+            self._judge_timeout(running, running.action.stage, ended)
         return ended
 
     def _succeeded(
@@ -651,6 +739,20 @@ class Driver:
         ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
         if verdict.broken is not None:
             ended.error = capture(verdict.broken, lane=running.action.lane, attempt=running.action.attempt)
+
+    def _judge_timeout(self, running: Running, key: Any, ended: sig.AttemptEnded) -> None:
+        """The attempt was stopped for its timeout: that is the failure to judge, whatever it answered."""
+        verdict = self._timeout_verdict(running, key)
+        if verdict is not None:
+            ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
+
+    def _timeout_verdict(self, running: Running, key: Any) -> Verdict | None:
+        if running.job.graph.specs[running.action.stage].policies.retry is None:
+            return None
+        limit = running.timeout or 0.0
+        elapsed = self.clock.monotonic() - running.since
+        error = StageTimeoutError(f"the attempt exceeded {limit:g} s", elapsed=elapsed, limit=limit)
+        return self.judge(running, key, capture(error), error)
 
     def judge(self, running: Running, key: Any, info: ErrorInfo, exception: BaseException | None) -> Verdict | None:
         """The user's strategies and the dice, on one failure; None where there is no retry policy."""
@@ -753,7 +855,13 @@ class Driver:
             return
         if outcome.kind == OutcomeKind.CANCELLED:
             part.status = "cancelled"
+            self._run_survivors(running.job, action.task)
+            if running.timeout is not None:
+                verdict = self._timeout_verdict(running, (action.stage, action.segments[0][0]))
+                if verdict is not None:
+                    part.retries = ((verdict.retry, verdict.wait, verdict.roll),)
             if isinstance(outcome.meta, dict) and outcome.meta.get("abandoned"):
+                part.abandoned = True
                 name = running.job.graph.specs[action.stage].name
                 item = (action.segments[0][0],)
                 running.job.abandoned.append(Abandoned(name, item, action.attempt, outcome.meta.get("stack", "")))
@@ -822,7 +930,7 @@ class Driver:
             outcome.exception = error
         outcome.started = started
         outcome.seconds = self.clock.monotonic() - started
-        self._attempt_outcome(outcome)
+        self._deliver_attempt(outcome)
 
     # ------------------------------------------------------------ the other actions
 
@@ -830,6 +938,8 @@ class Driver:
         running = self.running.get(action.task)
         if running is None:
             return
+        if action.timeout is not None:
+            running.timeout = action.timeout
         running.executor.cancel(action.task, reason=action.reason, force=action.force)
         if running.claim is not None and hasattr(running.claim, "cancel"):
             running.claim.cancel()
@@ -855,6 +965,7 @@ class Driver:
         _, at, task = found
         late = self.clock.monotonic() - at
         if late > FROZEN:
+            self._timers[timer] = found
             self._thaw(late)
             return
         elapsed = None
@@ -864,7 +975,8 @@ class Driver:
                 since = running.executor.running_since(task)
                 if since is None and running.action.lane in ("async", "inline"):
                     since = running.since
-                elapsed = self.clock.monotonic() - since if since is not None else None
+                if since is not None:
+                    elapsed = self.clock.monotonic() - self.clock.entered(since, running.since)
         self.signal(sig.TimerDue(timer, elapsed))
         if not self._turning:
             self.turn()

@@ -11,7 +11,7 @@ from stageflow.context.attempt import Header
 from stageflow.context.cancellation import CancellationToken
 from stageflow.context.identity import RunIdentity
 from stageflow.context.snapshot import ContextSnapshot
-from stageflow.core.output import ErrorInfo
+from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.events.fanout import FanOut
 from stageflow.observability.stats import StatsFold
 from stageflow.pipeline.graph import StageGraph
@@ -31,6 +31,7 @@ class Job:
         "_dice",
         "abandoned",
         "book",
+        "broken",
         "children",
         "cleanups",
         "code",
@@ -105,6 +106,7 @@ class Job:
         self.started = 0.0
         self.started_ns = 0
         self.error: ErrorInfo | None = None
+        self.broken: BaseException | None = None  # a bug of ours, raised in place of a result
         self.result: RunResult | None = None
         self.finished: asyncio.Future[RunResult] = loop.create_future()
 
@@ -118,8 +120,20 @@ class Job:
             found = self._dice[key] = random.Random(f"{seed}:{key}")
         return found
 
+    def _book_cancelled(self, reason: str, states: bytes) -> None:
+        """What the end of the run kept from ending has an output too, whether or not anybody listened."""
+        output = StageOutput.cancel(reason)
+        ends = self.book.ends
+        at = states.find(StageState.CANCELLED)
+        while at >= 0:
+            if at not in ends:
+                self.book.end(at, output)
+            at = states.find(StageState.CANCELLED, at + 1)
+
     def finish(self, status: str, reason: str | None, error: ErrorInfo | None, now: float, states: bytes) -> RunResult:
         """Make the result."""
+        if status != "completed":
+            self._book_cancelled(reason or status, states)
         done = states.count(StageState.DONE)
         failed = states.count(StageState.FAILED)
         skipped = states.count(StageState.SKIPPED)

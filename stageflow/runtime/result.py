@@ -273,7 +273,9 @@ def failure_of(
         error_info=info,
     )
     if info.code == "SF-TIMEOUT":
-        error.__cause__ = StageTimeoutError(info.message, elapsed=info.elapsed, limit=info.limit)
+        error.__cause__ = StageTimeoutError(
+            info.message, elapsed=info.elapsed, limit=info.limit, abandoned=bool(info.abandoned)
+        )
     elif info.code == "SF-WORKER-DIED" and info.pickled is None:
         error.__cause__ = WorkerDiedError(
             info.message,

@@ -9,11 +9,15 @@ to them here, so tenacity itself is imported only by whoever made a strategy.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Final
 
+from stageflow.core.errors import StageTimeoutError
 from stageflow.core.failure import revive
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.policies import RetryConfig
+
+#: type of the failures that a stage returned instead of raising
+RETURNED: Final = "stageflow.StageOutput"
 
 
 class _Outcome:
@@ -118,8 +122,10 @@ def _judge(
     state = Attempt(error if error is not None else RuntimeError("failed"), attempt, seconds, idle)
     on = retry.retry_on
     if on is not None:
-        if isinstance(on, tuple | type):
-            again = _matches(on if isinstance(on, tuple) else (on,), error, info)
+        if isinstance(on, tuple):
+            # types choose among exceptions; what the stage itself called retryable is not theirs to refuse
+            asked = info is not None and info.type == RETURNED
+            again = asked or _matches(on, error, info)
         elif hasattr(on, "__module__") and type(on).__module__.startswith("tenacity"):
             again = bool(on(state))
         else:
@@ -136,9 +142,11 @@ def _judge(
 
 
 def _matches(types: tuple[type, ...], error: BaseException | None, info: ErrorInfo | None) -> bool:
-    """By the exception where it travelled, else by the name of its type."""
+    """By the exception where it travelled, else by the name of its type. A timeout of ours is a TimeoutError too."""
     if error is not None and isinstance(error, types):
         return True
     if info is None:
         return False
+    if info.code == StageTimeoutError.code and any(issubclass(TimeoutError, one) for one in types):
+        return True
     return any(info.type in (f"{t.__module__}.{t.__qualname__}", t.__qualname__) for t in types)

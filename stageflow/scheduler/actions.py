@@ -61,6 +61,7 @@ class StopAttempt(Action):
     task: int
     reason: str
     force: bool = False
+    timeout: float | None = None  #: the limit in seconds that was used up, where that is why
 
 
 class SetTimer(Action):

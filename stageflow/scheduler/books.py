@@ -33,6 +33,7 @@ class Task(msgspec.Struct, eq=False):
     begun: float = 0.0  # when it was handed to its lane
     deadline: float | None = None  # of the stage in total, all attempts and waits
     limit: float = 0.0  # the time that was used up, in seconds
+    total: bool = False  # it was that of the stage in total, not of the attempt
     stopping: str | None = None  # "timeout" or the reason of a cancel
     tokens: dict[str, tuple[int, ...]] | None = None
     reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked

@@ -27,7 +27,7 @@ from stageflow.scheduler.admission import Admission
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.flow import FlowRules
 from stageflow.scheduler.guards import GuardRules
-from stageflow.scheduler.outcomes import OutcomeRules
+from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
 from stageflow.scheduler.states import ALLOWED, ENDED, StageState
 from stageflow.scheduler.streams import Stream
 
@@ -124,7 +124,9 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
 
             def expired(due: sig.TimerDue, at: float) -> None:
                 run.deadline_timer = 0
-                self._end_run(run, "failed", f"the run took longer than its timeout of {deadline:g} s", at)
+                text = f"the run took longer than its timeout of {deadline:g} s"
+                error = timeout_info(text, elapsed=at - run.started_at, limit=deadline)
+                self._end_run(run, "failed", text, at, error)
 
             run.deadline_timer = self._set_timer(run, now + deadline, expired)
         for stage in layout.elements:
@@ -526,7 +528,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
             elapsed = signal.elapsed
             total = task.run.layout.specs[task.stage].policies.total_timeout
             if task.deadline is not None and when >= task.deadline - CLOSE:
-                task.limit = total or 0.0
+                task.limit, task.total = total or 0.0, True
             elif limit is not None and elapsed is not None and elapsed >= limit - CLOSE:
                 task.limit = limit
             else:
@@ -534,7 +536,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                 self._arm_timeout(task, limit, when, when + left)
                 return
             task.stopping = "timeout"
-            self._out.append(act.StopAttempt(task.id, f"timeout after {task.limit:g} s"))
+            self._out.append(act.StopAttempt(task.id, f"timeout after {task.limit:g} s", timeout=task.limit))
 
             def force(signal: sig.TimerDue, when: float) -> None:
                 task.timer = 0

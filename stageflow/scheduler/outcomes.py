@@ -36,7 +36,10 @@ class OutcomeRules:
             return
         status = signal.status
         if status == "ok" and task.stopping is None and run.ending is None:
-            self._succeed(run, task, signal, now)
+            if task.lane == "inline" and self._overran(run, task, signal):
+                self._timed_out(run, task, signal, now)
+            else:
+                self._succeed(run, task, signal, now)
         elif run.ending is not None:
             self._move(run, stage, _S.CANCELLED)
             self._attempt_event(task, signal, "cancel")
@@ -63,6 +66,12 @@ class OutcomeRules:
             self._attempt_event(task, signal, status)
             self._attempt_failed(run, task, signal, now)
         self._settle_ended(now)
+
+    def _overran(self: Machine, run: Run, task: Task, signal: sig.AttemptEnded) -> bool:
+        """Whether an inline attempt took longer than its timeout: nothing could interrupt it, so it is seen now."""
+        limit = run.layout.specs[task.stage].policies.timeout
+        task.limit = limit or 0.0
+        return limit is not None and signal.seconds > limit
 
     def _succeed(self: Machine, run: Run, task: Task, signal: sig.AttemptEnded, now: float) -> None:
         stage = task.stage
@@ -124,23 +133,22 @@ class OutcomeRules:
         """The attempt was stopped because its time was up, whatever it answered in the end."""
         policies = run.layout.specs[task.stage].policies
         limit = task.limit
-        elapsed = max(signal.seconds, limit)
+        elapsed = max(now - run.first_start.get(task.stage, now) if task.total else signal.seconds, limit)
         name = run.layout.name(task.stage)
         abandoned = signal.abandoned
-        text = f"stage {name!r} (attempt {task.attempt}) ran for {elapsed:.3f} s; its timeout is {limit:g} s"
+        which = "its total timeout" if task.total else "its timeout"
+        text = f"stage {name!r} (attempt {task.attempt}) ran for {elapsed:.3f} s; {which} is {limit:g} s"
         if abandoned:
             text += "; its thread could not be stopped and was abandoned"
-        signal.error = ErrorInfo(
-            type="stageflow.core.errors.StageTimeoutError",
-            code="SF-TIMEOUT",
-            message=text,
-            retryable=True,
+        signal.error = timeout_info(
+            text,
+            elapsed=elapsed,
+            limit=limit,
             lane=task.lane,
             worker_pid=signal.worker_pid or None,
             attempt=task.attempt,
-            elapsed=elapsed,
-            limit=limit,
             traceback=signal.error.traceback if signal.error is not None else "",
+            abandoned=abandoned or None,
         )
         signal.status = "timeout"
         self._attempt_event(task, signal, "timeout")
@@ -290,6 +298,19 @@ class OutcomeRules:
         if callable(policies.when):
             return "decide"
         return None
+
+
+def timeout_info(message: str, *, elapsed: float, limit: float, **where: Any) -> ErrorInfo:
+    """The failure of whatever used up its time."""
+    return ErrorInfo(
+        type="stageflow.core.errors.StageTimeoutError",
+        code="SF-TIMEOUT",
+        message=message,
+        retryable=True,
+        elapsed=elapsed,
+        limit=limit,
+        **where,
+    )
 
 
 def _unknown(reason: str | None = None) -> ErrorInfo:
