@@ -14,12 +14,15 @@ import msgspec
 
 from stageflow.events import names
 from stageflow.events.event import Event
+from stageflow.events.merging import BlockMerger
 from stageflow.events.sinks import EventSink, close_all
 
 _log = logging.getLogger("stageflow.events")
 
 #: Events that wait for one async sink. Beyond it new ones are dropped and counted: memory stays bounded.
 MAX_WAITING: Final = 10_000
+#: Seconds after which held blocks are passed on when nothing else happens.
+_HELD_AT_MOST: Final = 0.05
 
 
 class _Entry:
@@ -68,6 +71,9 @@ class FanOut:
         self._redact_failed = False
         self._max_waiting = max_waiting
         self._failed_items: dict[tuple[str | None, str | None], set[tuple[int, ...]]] = {}
+        self._merger = BlockMerger()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_loop: asyncio.AbstractEventLoop | None = None
         self.listening = False
         self.wants_items = False
         self.wants_spans = False
@@ -128,15 +134,43 @@ class FanOut:
         if not self._entries:
             return
         with self._lock:
-            if self._redact is not None:
-                shown = self._redacted(event)
-                if shown is None:
-                    return
-                event = shown
-            for entry in self._entries:
-                self._give(entry, event)
-            if self.wants_items:
-                self._expand(event)
+            if event.type == names.STAGE_ITEMS:
+                if self._timer is None:
+                    loop = _loop_here()
+                    if loop is None:
+                        self._pass_on(event)  # nobody could pass on later what is held now
+                        return
+                    self._timer_loop = loop
+                now = self._merger.add(event)
+                if now is not None:
+                    for block in now:
+                        self._pass_on(block)
+                elif self._timer is None and self._timer_loop is not None:
+                    self._timer = self._timer_loop.call_later(_HELD_AT_MOST, self._flush_blocks)
+                return
+            if self._merger.holds:
+                self._flush_blocks()
+            self._pass_on(event)
+
+    def _flush_blocks(self) -> None:
+        """Pass on what the merger holds."""
+        with self._lock:
+            timer, self._timer = self._timer, None
+            if timer is not None and self._timer_loop is _loop_here():
+                timer.cancel()
+            for block in self._merger.take():
+                self._pass_on(block)
+
+    def _pass_on(self, event: Event) -> None:
+        if self._redact is not None:
+            shown = self._redacted(event)
+            if shown is None:
+                return
+            event = shown
+        for entry in self._entries:
+            self._give(entry, event)
+        if self.wants_items:
+            self._expand(event)
 
     def _redacted(self, event: Event) -> Event | None:
         assert self._redact is not None
@@ -220,6 +254,7 @@ class FanOut:
 
         What a sink that is too slow has not taken by then is dropped and counted.
         """
+        self._flush_blocks()
         loop = asyncio.get_running_loop()
         entries = [e for e in self._entries if e.task is not None and not e.task.done() and e.loop is loop]
         tasks = [entry.task for entry in entries if entry.task is not None]
@@ -263,6 +298,7 @@ class FanOut:
 
     def close(self) -> None:
         """Close every sink that can be closed without a loop, and detach all."""
+        self._flush_blocks()
         with self._lock:
             entries = self._entries
             self._set(())

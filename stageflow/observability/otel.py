@@ -33,7 +33,7 @@ from stageflow.observability.stats import StatsFold
 
 _SCOPE: Final = InstrumentationScope("stageflow")
 #: Blocks and failed items that get a span of their own, per stage of a run; the rest is counted on the stage's span.
-MAX_BLOCKS: Final = 1000
+MAX_BLOCKS: Final = 250
 _MAX_RUNS: Final = 4096
 _TEXT: Final = 8192
 
@@ -396,6 +396,8 @@ class OtelSink:
 
     def close(self) -> None:
         """Flush. The providers belong to the program and stay open."""
+        if self._instruments is not None:
+            self._instruments.flush()
         self.flush()
 
 

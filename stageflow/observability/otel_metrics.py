@@ -11,6 +11,9 @@ from stageflow.events.event import Event
 
 #: Run ids in memory for the pipeline's name as an attribute.
 _MAX_RUNS: Final = 4096
+_SUMMED: Final = ("ok", "dropped", "failed", "bytes_in", "bytes_out", "cpu_seconds", "queued_ms")
+_EVERY_NS: Final = 500_000_000
+_CLOSING: Final = names.STAGE_ENDED | names.RUN_ENDED
 
 
 class Instruments:
@@ -36,7 +39,7 @@ class Instruments:
             "stageflow.block.duration", unit="s", description="Time inside the function, per block of items."
         )
         self.wait = histogram("stageflow.stage.wait", unit="s", description="Time a stage could not run, by reason.")
-        self.queue_wait = histogram("stageflow.queue.wait", unit="s", description="Time between ready and started.")
+        self.queued = counter("stageflow.queue.time", unit="s", description="Time between ready and started.")
         self.runs = counter("stageflow.runs", unit="{run}", description="Runs that ended, by status.")
         self.items = counter("stageflow.items", unit="{item}", description="Items that ended, by outcome.")
         self.bytes = counter("stageflow.bytes", unit="By", description="Payload bytes read and written by stages.")
@@ -56,6 +59,8 @@ class Instruments:
         self._pipelines: dict[str | None, str] = {}
         self._streams: set[tuple[str | None, str | None]] = set()
         self._covered: set[tuple[str | None, str | None]] = set()
+        self._sums: dict[tuple[str | None, str | None, str | None], dict[str, Any]] = {}
+        self._summed_ns = 0
         self._begun: set[tuple[str | None, str | None]] = set()
         self._handlers: dict[str, Callable[[Event], None]] = {
             names.RUN_STARTED: self._run_started,
@@ -79,6 +84,8 @@ class Instruments:
 
     def add(self, event: Event) -> None:
         """Record one event."""
+        if self._sums and event.type in _CLOSING:
+            self.flush()
         handler = self._handlers.get(event.type)
         if handler is not None:
             handler(event)
@@ -121,18 +128,41 @@ class Instruments:
                 self.bytes.add(data[key], {**where, "direction": direction})
         if data.get("cpu_seconds"):
             self.cpu.add(data["cpu_seconds"], where)
-        if data.get("queued_ms") is not None:
-            self.queue_wait.record(data["queued_ms"] / 1000.0, where)
+        if data.get("queued_ms"):
+            self.queued.add(data["queued_ms"] / 1000.0, where)
 
     def _block(self, event: Event) -> None:
+        """Sum up; an instrument call costs several microseconds, so the sums are recorded twice a second."""
         data = event.data
-        where = self._where(event)
-        self._streams.add((event.run_id, event.stage))
-        for key in ("ok", "dropped", "failed"):
-            if data.get(key):
-                self.items.add(data[key], {**where, "outcome": key})
-        self.block_duration.record(data.get("seconds") or 0.0, where)
-        self._measure(event, where)
+        key = (event.run_id, event.stage, event.lane)
+        sums = self._sums.get(key)
+        if sums is None:
+            self._streams.add((event.run_id, event.stage))
+            sums = self._sums[key] = dict.fromkeys(_SUMMED, 0)
+        for name in _SUMMED:
+            value = data.get(name)
+            if value:
+                sums[name] += value
+        self.block_duration.record(data.get("seconds") or 0.0, self._where(event))
+        if event.time_unix_ns - self._summed_ns > _EVERY_NS:
+            self._summed_ns = event.time_unix_ns
+            self.flush()
+
+    def flush(self) -> None:
+        """Record what was summed up."""
+        sums, self._sums = self._sums, {}
+        for (run_id, stage, lane), values in sums.items():
+            where = {"pipeline": self._pipelines.get(run_id, ""), "stage": stage or "", "lane": lane or ""}
+            for outcome in ("ok", "dropped", "failed"):
+                if values[outcome]:
+                    self.items.add(values[outcome], {**where, "outcome": outcome})
+            for key, direction in (("bytes_in", "in"), ("bytes_out", "out")):
+                if values[key]:
+                    self.bytes.add(values[key], {**where, "direction": direction})
+            if values["cpu_seconds"]:
+                self.cpu.add(values["cpu_seconds"], where)
+            if values["queued_ms"]:
+                self.queued.add(values["queued_ms"] / 1000.0, where)
 
     def _attempt(self, event: Event) -> None:
         where = self._where(event)

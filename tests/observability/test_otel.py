@@ -245,6 +245,7 @@ class Parts(Program):
     def __call__(self, port: Any, header: Header, *args: Any) -> Any:
         for _ in args:
             yield tracing.current_traceparent()
+        return "end"
 
 
 async def test_a_traced_program_runs_inside_the_context_of_its_attempt() -> None:
@@ -257,6 +258,9 @@ async def test_a_traced_program_runs_inside_the_context_of_its_attempt() -> None
     assert plain(port, Header("run-1", 2)) is None
     stream: Any = tracing.Traced(Parts(), streaming=True)  # type: ignore[arg-type]
     assert list(stream(port, on, 1, 2)) == [tracing.traceparent_of("run-1", "parse")] * 2
+    with pytest.raises(StopIteration) as stop:
+        next(stream(port, on))
+    assert stop.value.value == "end"
     outer = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
     inside = plain(port, Header("run-1", 1, extras={tracing.TRACE: outer}))
     assert inside.startswith("00-0af7651916cd43dd8448eb211c80319c-")

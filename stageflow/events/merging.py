@@ -1,0 +1,97 @@
+"""`BlockMerger`: neighbouring blocks of items that end within milliseconds become one event, so that views cost per
+time and not per item."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from stageflow.events.event import Event
+
+#: A block after a quiet time is passed on at once; one that follows another within this is held for its neighbours.
+QUIET_NS: Final = 10_000_000
+#: No block is held longer than this, as long as anything happens; the fan-out's timer sees to it when nothing does.
+HELD_NS: Final = 30_000_000
+
+_Key = tuple[str | None, str | None, int | None]
+_SUMS: Final = ("ok", "dropped", "failed", "seconds", "cpu_seconds", "bytes_in", "bytes_out")
+
+
+class BlockMerger:
+    """Holds `stage.items` events. Merged ones have the sums, the largest `max_seconds`, and the `seq` and time of
+    the last.
+    """
+
+    __slots__ = ("_first_ns", "_held", "_last_ns")
+
+    def __init__(self) -> None:
+        self._held: dict[_Key, list[Event]] = {}
+        self._first_ns = 0
+        self._last_ns = 0
+
+    @property
+    def holds(self) -> bool:
+        """True while blocks wait here."""
+        return bool(self._held)
+
+    def add(self, event: Event) -> list[Event] | None:
+        """Take a `stage.items` event: what is to be passed on now, or None when it is held."""
+        now = event.time_unix_ns
+        quiet = now - self._last_ns > QUIET_NS
+        self._last_ns = now
+        if not self._held:
+            if quiet:
+                return [event]
+            self._first_ns = now
+        key = (event.run_id, event.stage, event.data.get("worker_pid"))
+        held = self._held.get(key)
+        if held is None:
+            self._held[key] = [event]
+        elif (
+            held[-1].data.get("hi") == event.data.get("lo")
+            and "items" not in event.data
+            and "items" not in held[-1].data
+        ):
+            held.append(event)
+        else:
+            # Not a neighbour: it starts a group of its own, under a key nobody else has.
+            self._held[event.run_id, event.stage, -event.seq - 1] = held
+            self._held[key] = [event]
+        return self.take() if now - self._first_ns > HELD_NS else None
+
+    def take(self) -> list[Event]:
+        """Everything that is held, merged, in order of `seq`."""
+        groups, self._held = self._held, {}
+        merged = [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
+        merged.sort(key=_seq)
+        return merged
+
+
+def _seq(event: Event) -> int:
+    return event.seq
+
+
+def _merged(group: list[Event]) -> Event:
+    first, last = group[0].data, group[-1]
+    data: dict[str, Any] = {**first, "hi": last.data.get("hi")}
+    for name in _SUMS:
+        data[name] = sum(event.data.get(name) or 0 for event in group)
+    if any(event.data.get("emitted") is not None for event in group):
+        data["emitted"] = sum(
+            event.data["emitted"] if event.data.get("emitted") is not None else event.data.get("ok") or 0
+            for event in group
+        )
+    data["max_seconds"] = max(_longest(event.data) for event in group)
+    data["queued_ms"] = sum(event.data.get("queued_ms") or 0.0 for event in group)
+    starts = [event.data["started"] for event in group if event.data.get("started")]
+    data["started"] = min(starts) if starts else 0.0
+    return msgspec.structs.replace(last, data=data)
+
+
+def _longest(data: dict[str, Any]) -> float:
+    given = data.get("max_seconds")
+    if given is not None:
+        return float(given)
+    count = (data.get("ok") or 0) + (data.get("dropped") or 0) + (data.get("failed") or 0)
+    return float(data.get("seconds") or 0.0) / max(1, count)
