@@ -10,6 +10,8 @@
 # PYTHON=python3.12 picks the interpreter and keeps an environment of its own (.venv-3.12).
 
 SHELL := /bin/sh
+# Where an environment forbids byte code, every process that the tests and benchmarks start would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?=
 ARGS ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
