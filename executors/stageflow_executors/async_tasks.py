@@ -181,7 +181,8 @@ class InlineExecutor(LocalLane):
                         raise settled[1]
                     result = settled[0]
                 if inspect.isgenerator(result):
-                    for reply, ends in parts_of(result):
+                    parts: Any = result
+                    for reply, ends in parts_of(parts):
                         if ends:
                             result = reply
                         elif reply is not None:
