@@ -50,6 +50,11 @@ class Checker:
         """True if every value passes, so that calling `check` is a waste."""
         return self._node.trivial
 
+    @property
+    def sure(self) -> frozenset[type]:
+        """Classes of which every direct instance passes: for them `type(value)` is all there is to look at."""
+        return self._node.sure
+
     def check(self, value: Any, *, stage: str | None = None) -> Any:
         """Return `value` itself if it fits.
 

@@ -57,11 +57,15 @@ class Misfit(Exception):
 
 
 class Node:
-    """Judges values of one type. `scalar` types are judged completely by one call into msgspec."""
+    """Judges values of one type. `scalar` types are judged completely by one call into msgspec.
+
+    `sure` are the classes of which every direct instance fits, so that knowing `type(value)` is enough.
+    """
 
     scalar = False
     trivial = False
     expected = "any value"
+    sure: frozenset[type] = frozenset()
 
     def check(self, value: Any) -> None:
         """Raise `Misfit` if the value does not fit."""
@@ -84,6 +88,7 @@ class InstanceNode(Node):
     def __init__(self, cls: type) -> None:
         self.cls = cls
         self.expected = type_text(cls)
+        self.sure = frozenset({cls})
 
     def check(self, value: Any) -> None:
         try:
@@ -102,6 +107,7 @@ class LeafNode(Node):
         self.exact = exact
         self.scalar = scalar
         self.expected = type_text(type_)
+        self.sure = _sure(type_)
 
     def check(self, value: Any) -> None:
         try:
@@ -114,6 +120,7 @@ class LeafNode(Node):
                 converted = convert(plain, self.type)
             except msgspec.ValidationError as again:
                 raise self._describe(value, again) from None
+            value = plain
         if self.exact and converted is not value and not isinstance(value, type(converted)):
             if not (type(converted) is float and isinstance(value, int)):
                 raise self.misfit(value)
@@ -140,6 +147,8 @@ class ItemsNode(Node):
         self.limits = limits
         self.fast = type_ if fast else None
         self.expected = type_text(type_)
+        if item.trivial and limits is None and origin in _ITEMS:
+            self.sure = frozenset({origin})
 
     def check(self, value: Any) -> None:
         if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(
@@ -196,6 +205,8 @@ class MapNode(Node):
         self.limits = limits
         self.fast = type_ if fast else None
         self.expected = type_text(type_)
+        if key.trivial and item.trivial and limits is None:
+            self.sure = frozenset({dict})
 
     def check(self, value: Any) -> None:
         if not isinstance(value, self.origin):
@@ -332,6 +343,7 @@ class UnionNode(Node):
     def __init__(self, type_: Any, choices: tuple[Node, ...]) -> None:
         self.choices = choices
         self.expected = type_text(type_)
+        self.sure = frozenset().union(*(node.sure for node in choices))
 
     def check(self, value: Any) -> None:
         own = [node for node in self.choices if isinstance(node, ObjectNode) and node.matches(value)]
@@ -441,6 +453,15 @@ def convert(value: Any, type_: Any, *, from_attributes: bool = False) -> Any:
     )
 
 
+def _sure(type_: Any) -> frozenset[type]:
+    """The scalar classes of which every instance fits `type_`, a plain scalar or a union of them."""
+    if get_origin(type_) in (Union, types.UnionType):
+        return frozenset().union(*(_sure(one) for one in get_args(type_)))
+    if type_ is float:
+        return frozenset({float, int})
+    return frozenset({type_}) if type_ in _SCALARS or type_ in _NATIVE else frozenset()
+
+
 def _foreign(type_: Any, value: Any) -> Any:
     base = get_origin(type_) or type_
     if isinstance(base, type) and not isinstance(value, base):
@@ -464,9 +485,12 @@ class _Nothing:
 
 
 def _as_plain(value: Any) -> Any:
-    """A subclass's instance as the builtin scalar it is: msgspec does not take a numpy.float64 for a float."""
+    """A subclass's instance as the builtin scalar it is: msgspec does not take a numpy.float64 for a float. A numpy
+    scalar counts as the number it is: nobody who writes `-> int` means to forbid what `sum()` of an array gives."""
     if isinstance(value, enum.Enum):
         return value
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
     if isinstance(value, float) and type(value) is not float:
         return float(value)
     if isinstance(value, bytes) and type(value) is not bytes:
