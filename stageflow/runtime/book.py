@@ -100,8 +100,8 @@ class Book:
         """The stage's StageOutput, or None while it has none."""
         end = self.ends.get(stage)
         if end is not None:
-            if end.status is StageStatus.OK and self.graph.streams[stage]:
-                return self._of_stream(stage, end)
+            if self.graph.streams[stage] and (end.status is StageStatus.OK or stage in self.kept):
+                return self._of_stream(stage, end)  # also of a run that was stopped: what was done is kept
             return end
         if self.values[stage] is NOTHING:
             return None
