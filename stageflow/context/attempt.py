@@ -146,6 +146,7 @@ class Program:
     __slots__ = (
         "_bound",
         "_checker",
+        "_sure",
         "contract",
         "declared",
         "form",
@@ -155,6 +156,7 @@ class Program:
         "plan",
         "resource_scope",
         "resources",
+        "returns",
         "runner",
         "writable",
     )
@@ -170,6 +172,7 @@ class Program:
         plan: CallPlan,
         declared: tuple[str, ...] = (),
         contract: Any = None,
+        returns: Any = None,
         resources: Mapping[str, Callable[[], Any]] | None = None,
         resource_scope: int = 0,
     ) -> None:
@@ -181,10 +184,13 @@ class Program:
         self.plan = plan
         self.declared = declared
         self.contract = contract
+        #: the annotation that values are checked against, where there is no `contract`; None: nothing to check
+        self.returns = returns
         self.resources = dict(resources or {})
         self.resource_scope = resource_scope
         self._bound: Callable[..., Any] | None = None
         self._checker: Any = None
+        self._sure: frozenset[type] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -197,6 +203,7 @@ class Program:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bound = None
         self._checker = None
+        self._sure = frozenset()
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -262,26 +269,27 @@ class Program:
             result = self.target()(*args, **kwargs)
             if self.is_async or inspect.isawaitable(result):
                 result = await result
-            return result if result is None and self.contract is None else self.reply(result, None)
-        ctx = self.context(port, header, snapshot, values) if plan.wants_ctx else None
+            return result if result is None and not self.checks else self.reply(result, None)
+        ctx = self.context(port, header, snapshot, values)
         args, kwargs = plan.arguments(values, ctx, None)
         try:
             result = self.target()(*args, **kwargs)
             if self.is_async or inspect.isawaitable(result):
                 result = await result
         except BaseException:
-            if ctx is not None:
-                await finish_context_async(ctx)
-            raise
-        if ctx is not None:
             await finish_context_async(ctx)
+            raise
+        await finish_context_async(ctx)
         return self.reply(result, ctx)
 
     def iterate(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> tuple[Any, StageContext | None]:
         """Start a source: its iterator or async iterator, and the context to finish when it ends."""
         ctx = self.context(port, header, snapshot, values) if self.plan.wants_ctx else None
         args, kwargs = self.plan.arguments(values, ctx, None)
-        return self.target()(*args, **kwargs), ctx
+        items = self.target()(*args, **kwargs)
+        if self.checks:
+            items = _CheckedAsync(items, self) if hasattr(items, "__aiter__") else _Checked(items, self)
+        return items, ctx
 
     def reply(self, result: Any, ctx: StageContext | None) -> Any:
         """What the parent gets: a plain value as it is, everything else as a Reply whose meta is the output without
@@ -298,16 +306,83 @@ class Program:
             return Reply(result, StageOutput(artifacts=tuple(artifacts)))
         return result
 
+    @property
+    def checks(self) -> bool:
+        """Whether values of this stage are checked at all."""
+        return self.contract is not None or self.returns is not None
+
     def check(self, value: Any) -> None:
-        """Raise ContractViolationError where `value` does not fit the stage's contract."""
-        if self.contract is None:
+        """Raise ContractViolationError where `value` does not fit the stage's contract, or its return annotation."""
+        if self.returns is None and self.contract is None:
+            return
+        if type(value) in self._sure:
             return
         checker = self._checker
         if checker is None:
-            from stageflow.contracts.checker import compile_contract
-
-            checker = self._checker = compile_contract(self.contract)
+            checker = self._compile()
         checker.check(value, stage=self.name)
+
+    def passes(self, kinds: set[type]) -> bool:
+        """Whether values of these classes need no look: nothing is checked, or the class says it all."""
+        if self.returns is None and self.contract is None:
+            return True
+        if self._checker is None:
+            self._compile()
+        return kinds <= self._sure
+
+    def _compile(self) -> Any:
+        from stageflow.contracts.checker import compile_contract
+
+        exact = self.contract is None
+        checker = self._checker = compile_contract(self.returns if exact else self.contract, exact=exact)
+        self._sure = checker.sure
+        return checker
+
+
+class _Checked:
+    """The iterator of a source, with each item checked as it leaves."""
+
+    __slots__ = ("_items", "_program")
+
+    def __init__(self, items: Any, program: Program) -> None:
+        self._items = iter(items)
+        self._program = program
+
+    def __iter__(self) -> _Checked:
+        return self
+
+    def __next__(self) -> Any:
+        value = next(self._items)
+        self._program.check(value)
+        return value
+
+    def close(self) -> None:
+        """Close the source's own iterator."""
+        close_iterator(self._items)
+
+
+class _CheckedAsync:
+    """The async iterator of a source, with each item checked as it leaves."""
+
+    __slots__ = ("_items", "_program")
+
+    def __init__(self, items: Any, program: Program) -> None:
+        self._items = items.__aiter__()
+        self._program = program
+
+    def __aiter__(self) -> _CheckedAsync:
+        return self
+
+    async def __anext__(self) -> Any:
+        value = await self._items.__anext__()
+        self._program.check(value)
+        return value
+
+    async def aclose(self) -> None:
+        """Close the source's own iterator."""
+        close = getattr(self._items, "aclose", None)
+        if close is not None:
+            await close()
 
 
 async def _awaited(awaitable: Any) -> Any:

@@ -223,7 +223,6 @@ class ItemProgram(Program):
             and not plan.wants_ctx
             and not self.is_async
             and not self.flat
-            and self.contract is None
         )
 
     def call_item(
@@ -310,6 +309,8 @@ class ItemProgram(Program):
         """Check the length of a batch's result and sort its elements out."""
         if self.flat:
             kept = [value for value in result if value is not DROP]
+            for value in kept:
+                self.check(value)
             ranges = tuple((piece.lo, piece.hi, mask_to_wire(piece.mask)) for piece in pieces)
             counts = (len(kept), *([0] * (len(indices) - 1)))
             return Reply(kept, Done(ranges, counts=counts, seconds=seconds, cpu_seconds=cpu))
@@ -447,24 +448,28 @@ class _Part:
             except Exception as error:
                 # what was computed before the exception is in `values`: list.extend appends as it goes
                 position += len(values) - before
-                self._absorb(values, indices, position - len(values))
+                self._absorb(values, indices, position - len(values), header.attempt)
                 values = []
                 self.fail(indices[position], self.piece.path(position, indices[position]), error, header.attempt)
                 position += 1
             else:
                 position = stop
-        self._absorb(values, indices, position - len(values))
+        self._absorb(values, indices, position - len(values), header.attempt)
         return position
 
-    def _absorb(self, values: list[Any], indices: Sequence[int], first: int) -> None:
-        """Take over plain results; single out DROP and StageOutput."""
+    def _absorb(self, values: list[Any], indices: Sequence[int], first: int, attempt: int) -> None:
+        """Take over plain results; single out DROP, StageOutput and what has to be looked at to be checked."""
         if not values:
             return
         kinds = set(map(type, values))
-        if Drop in kinds or StageOutput in kinds:
+        if Drop in kinds or StageOutput in kinds or not self.program.passes(kinds):
             for offset, value in enumerate(values):
-                place = first + offset
-                self.take(value, indices[place], self.piece.path(place, indices[place]), None)
+                index = indices[first + offset]
+                path = self.piece.path(first + offset, index)
+                try:
+                    self.take(value, index, path, None)
+                except Exception as error:
+                    self.fail(index, path, error, attempt)
             return
         if not self.whole:
             self.survivors.extend(indices[first : first + len(values)])

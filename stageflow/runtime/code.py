@@ -14,6 +14,7 @@ from stageflow.context.items import ItemProgram, ReduceProgram
 from stageflow.context.tracing import Traced
 from stageflow.core.executor import Shipped
 from stageflow.core.kinds import StageKind
+from stageflow.pipeline.checks import checked_annotation
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.placement import place
 from stageflow.pipeline.spec import Role, StageSpec
@@ -54,7 +55,7 @@ class StageCode:
 class GraphCode:
     """A graph with its lanes decided, and its stages' code as far as it was needed."""
 
-    __slots__ = ("__weakref__", "_codes", "_resources", "_scope", "graph", "lanes", "layout", "needed")
+    __slots__ = ("__weakref__", "_annotations", "_codes", "_resources", "_scope", "graph", "lanes", "layout", "needed")
 
     def __init__(
         self,
@@ -65,8 +66,10 @@ class GraphCode:
         resources: Mapping[str, Callable[[], Any]],
         scope: int,
         nested: bool = False,
+        annotations: bool = True,
     ) -> None:
         self.graph = graph
+        self._annotations = annotations
         self.lanes: list[str] = []
         cache: dict[Any, str] = {}
         for spec in graph.specs:
@@ -171,6 +174,7 @@ class GraphCode:
             "plan": plan,
             "declared": spec.declared_deps if wants_ctx else (),
             "contract": spec.policies.contract,
+            "returns": checked_annotation(spec) if self._annotations else None,
             "resources": self._resources,
             "resource_scope": self._scope,
         }
@@ -230,13 +234,20 @@ def code_of(
     resources: Mapping[str, Callable[[], Any]],
     scope: int,
     nested: bool = False,
+    annotations: bool = True,
 ) -> GraphCode:
     """The code of a graph under these settings, shared by all runs that have them."""
     by_settings = _codes.setdefault(graph, {})
-    key = (tuple(sorted(placement.items())), lane, scope, nested)
+    key = (tuple(sorted(placement.items())), lane, scope, nested, annotations)
     found = by_settings.get(key)
     if found is None:
         found = by_settings[key] = GraphCode(
-            graph, placement=placement, lane=lane, resources=resources, scope=scope, nested=nested
+            graph,
+            placement=placement,
+            lane=lane,
+            resources=resources,
+            scope=scope,
+            nested=nested,
+            annotations=annotations,
         )
     return found

@@ -65,6 +65,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tasks_per_child: int | None = None
     #: seconds after which an idle worker retires; None = never
     idle_timeout: float | None = 60.0
+    #: check what a stage returns against its return annotation (`contract=` is checked in any case)
+    check_annotations: bool = True
     #: sees each event before any sink; returns it, another, or None to drop it
     redact: Callable[[Any], Any] | None = None
 

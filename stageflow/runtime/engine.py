@@ -178,6 +178,7 @@ class Engine:
             resources=config.resources,
             scope=self._scope,
             nested=self._in_worker,
+            annotations=config.check_annotations,
         )
         return made
 
