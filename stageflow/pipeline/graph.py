@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class StageGraph:
     - `streams[i]`: 1 where the value is a stream of elements (source, map);
     - `routes[i]`: (number of the ROUTE stage, branch) for stages declared `when="branch"`;
     - `guard_paths[i]`: for a guard with `guard_retry`, the stages to run again, the retried one first and the guard
-      last.
+      last;
+    - `memo`: what the runtime has worked out from the graph. It goes with the graph, and is never pickled.
     """
 
     name: str
@@ -53,6 +54,14 @@ class StageGraph:
     streams: bytes
     routes: dict[int, tuple[int, str]] = field(default_factory=dict)
     guard_paths: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> list[Any]:
+        return [{} if f.name == "memo" else getattr(self, f.name) for f in fields(self)]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        for f, value in zip(fields(self), state, strict=True):
+            object.__setattr__(self, f.name, value)
 
     def __repr__(self) -> str:
         return f"<StageGraph {self.name!r}: {len(self.specs)} stages>"

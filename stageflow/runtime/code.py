@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import types
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,7 +54,21 @@ class StageCode:
 class GraphCode:
     """A graph with its lanes decided, and its stages' code as far as it was needed."""
 
-    __slots__ = ("__weakref__", "_annotations", "_codes", "_resources", "_scope", "graph", "lanes", "layout", "needed")
+    __slots__ = (
+        "__weakref__",
+        "_annotations",
+        "_codes",
+        "_direct",
+        "_resources",
+        "_scope",
+        "_shared",
+        "empty",
+        "graph",
+        "lanes",
+        "layout",
+        "needed",
+        "routes",
+    )
 
     def __init__(
         self,
@@ -83,6 +96,10 @@ class GraphCode:
         #: lanes that have to be open before a run
         self.needed = tuple(dict.fromkeys(self.lanes))
         self._codes: dict[int, StageCode] = {}
+        self._direct: list[Any] = [self] * len(graph.specs)  # self: not looked at yet
+        self._shared: dict[int, tuple[Shipped | None, bool]] = {}
+        self.empty = bytearray(len(graph.specs))  # 1: run by `direct`, and said to return None
+        self.routes = any(spec.kind is StageKind.ROUTE for spec in graph.specs)
         self._resources = resources
         self._scope = scope
 
@@ -92,6 +109,30 @@ class GraphCode:
         if code is None:
             code = self._codes[i] = self._make(i)
         return code
+
+    def direct(self, i: int) -> Shipped | None:
+        """What to run on the loop for a stage that needs neither values nor context nor anything around it: shared by
+        all stages with the same function. None for every other stage."""
+        found: Shipped | GraphCode | None = self._direct[i]
+        if found is not self:
+            return found  # type: ignore[return-value]
+        spec = self.graph.specs[i]
+        shipped = None
+        if (
+            self.layout.simple[i]
+            and self.lanes[i] == "async"
+            and spec.form == "function"
+            and not (spec.wants_ctx or spec.bindings or spec.policies.contract)
+        ):
+            known = self._shared.get(id(spec.runner))
+            if known is None:
+                returns = checked_annotation(spec) if self._annotations else None
+                able = returns is None or returns is type(None)
+                made = _direct_of(spec.runner) if able else None
+                known = self._shared[id(spec.runner)] = (made, able and returns is not None)
+            shipped, self.empty[i] = known
+        self._direct[i] = shipped
+        return shipped
 
     def modules(self) -> tuple[str, ...]:
         """The modules that define the process stages, for preloading."""
@@ -197,6 +238,13 @@ class GraphCode:
         return StageCode(program, tuple(sources), _modules(spec))
 
 
+def _direct_of(runner: Callable[..., Any]) -> Shipped:
+    def call(port: Any) -> Any:
+        return runner()
+
+    return Shipped(call, label=getattr(runner, "__qualname__", repr(runner)))
+
+
 def _is_first(runner: Any, name: str) -> bool:
     """Whether `name` is the first parameter of a plain function, which then can be given by position."""
     if not isinstance(runner, types.FunctionType):
@@ -223,9 +271,6 @@ def _modules(spec: StageSpec) -> tuple[str, ...]:
     return (name,) if name and name not in ("builtins", "__main__") else ()
 
 
-_codes: weakref.WeakKeyDictionary[StageGraph, dict[Any, GraphCode]] = weakref.WeakKeyDictionary()
-
-
 def code_of(
     graph: StageGraph,
     *,
@@ -237,11 +282,10 @@ def code_of(
     annotations: bool = True,
 ) -> GraphCode:
     """The code of a graph under these settings, shared by all runs that have them."""
-    by_settings = _codes.setdefault(graph, {})
-    key = (tuple(sorted(placement.items())), lane, scope, nested, annotations)
-    found = by_settings.get(key)
+    key = (scope, tuple(sorted(placement.items())), lane, nested, annotations)
+    found: GraphCode | None = graph.memo.get(key)
     if found is None:
-        found = by_settings[key] = GraphCode(
+        found = graph.memo[key] = GraphCode(
             graph,
             placement=placement,
             lane=lane,
@@ -251,3 +295,9 @@ def code_of(
             annotations=annotations,
         )
     return found
+
+
+def forget_code(graph: StageGraph, scope: int) -> None:
+    """An engine has closed: drop what was worked out for it."""
+    for key in [key for key in graph.memo if key[0] == scope]:
+        graph.memo.pop(key, None)

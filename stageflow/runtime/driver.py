@@ -44,6 +44,9 @@ from stageflow.scheduler.machine import Machine
 
 _log = logging.getLogger("stageflow")
 MOST_ROUNDS: Final = 64  # turns of signals and actions before the loop gets its own turn
+_OK: Final = OutcomeKind.OK
+#: values of which nothing needs to be looked at: they are no payload, output, mapping or route
+_SCALARS: Final = frozenset({bool, int, float, str, bytes, list, tuple})
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
@@ -97,6 +100,7 @@ class Driver:
         self._next_run = 0
         self._next_handle = 0
         self._seq = 0
+        self._now = clock.monotonic()  # of the turn
         self._payload_types: dict[type, bool] = {}
         self._deliver_attempt = self._attempt_outcome
         self._deliver_block = self._guarded(self._block_outcome)
@@ -115,6 +119,7 @@ class Driver:
             act.Decide: self._decide,
             act.Release: self._release,
             act.Emit: self._emit,
+            act.Completed: self._completed,
             act.KeepItems: self._keep_items,
             act.KeepAccumulator: self._keep_accumulator,
             act.FinishRun: self._finish_run,
@@ -158,7 +163,7 @@ class Driver:
                 if not signals:
                     break
                 self._signals = []
-                now = self.clock.monotonic()
+                now = self._now = self.clock.monotonic()
                 if self.recorder is not None:
                     self.recorder.append((now, signals))
                 actions = self.machine.handle_all(signals, now)
@@ -200,7 +205,8 @@ class Driver:
         self.jobs[job.id] = job
         job.started = self.clock.monotonic()
         job.started_ns = self.clock.time_ns()
-        listening = self.events.listening or job.sinks is not None
+        job.stats.begins(job.started, job.started_ns)
+        job.listening = listening = self.events.listening or job.sinks is not None
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
@@ -284,6 +290,9 @@ class Driver:
             self.policies.forget(job.run_id)
         if job.parent is not None:
             job.parent.children.discard(job.id)
+        if self.first_starts:
+            for key in [key for key in self.first_starts if key[0] == job.id]:
+                del self.first_starts[key]
         job.book.handles.clear()
         if job.cleanups:
             self.loop.create_task(self._after_cleanups(job, result))
@@ -392,11 +401,17 @@ class Driver:
 
     def _start_attempt(self, action: act.StartAttempt) -> None:
         job = self.jobs[action.run]
-        lane = action.lane
-        spec = job.graph.specs[action.stage]
+        lane, stage = action.lane, action.stage
+        spec = job.graph.specs[stage]
+        if job.listening:
+            self._event("stage.started", job, spec.name, None, action.attempt, lane, {})
         executor = self.executors.get(lane) or self.executor(lane)
-        running = Running(job, action, executor, self.clock.monotonic())
-        self.running[action.task] = running
+        self.running[action.task] = running = Running(job, action, executor, self._now)
+        if job.header is not None and action.attempt == 1 and not job.book.ends:
+            direct = job.code.direct(stage)
+            if direct is not None:  # a function of nothing, on this loop: there is nothing to put together
+                executor.start(Call(action.task, direct), self._deliver_attempt)
+                return
         try:
             if spec.form == "graph":
                 self.loop.create_task(self._subpipeline(running, spec))
@@ -603,7 +618,34 @@ class Driver:
         if running is None:
             return
         try:
-            self._signals.append(self._ended(running, outcome))
+            job, action, value = running.job, running.action, outcome.value
+            code, kind = job.code, type(value)
+            if (
+                outcome.kind is _OK
+                and outcome.meta is None
+                and (value is None or (kind in _SCALARS and not code.empty[action.stage]))
+                and running.timeout is None
+                and not code.routes
+                and not job.survivors
+            ):
+                # most outcomes, so `_ended` and `_succeeded` are spelled out for them; it must do what they do
+                job.book.put(action.stage, value, encoded=False, meta=None)
+                ended = sig.AttemptEnded(
+                    action.task,
+                    "ok",
+                    0,
+                    outcome.bytes_out,
+                    outcome.seconds,
+                    outcome.cpu_seconds,
+                    outcome.bytes_in,
+                    outcome.worker_pid,
+                    outcome.started,
+                )
+            else:
+                if outcome.meta is None and outcome.kind is _OK:
+                    self._look(job, action.stage, outcome, value)
+                ended = self._ended(running, outcome)
+            self._signals.append(ended)
         except BaseException as error:
             self._misread(running, outcome, error)
             return
@@ -614,6 +656,19 @@ class Driver:
         else:
             self._scheduled = True
             self.loop.call_soon(self.turn)
+
+    def _look(self, job: Job, stage: int, outcome: Outcome, value: Any) -> None:
+        """What a stage's program does with a value before it leaves, for one that was run without (`GraphCode.direct`):
+        take an output apart, check what was to be None."""
+        if isinstance(value, StageOutput):
+            outcome.value, outcome.meta = value.data, msgspec.structs.replace(value, data=None)
+            value = value.data if value.status is StageStatus.OK else None
+        if value is not None and job.code.empty[stage]:
+            try:
+                job.code.stage(stage).program.check(value)
+            except Exception as error:
+                outcome.kind, outcome.value, outcome.meta = OutcomeKind.ERROR, None, None
+                outcome.error, outcome.exception = capture(error, lane=job.code.lanes[stage]), error
 
     def _ended(self, running: Running, outcome: Outcome) -> sig.AttemptEnded:
         job, action = running.job, running.action
@@ -1115,6 +1170,51 @@ class Driver:
         self.signal(decided)
 
     # ------------------------------------------------------------ events
+
+    def _completed(self, action: act.Completed) -> None:
+        """Stages have succeeded: into the books, and told to whoever listens."""
+        job = self.jobs[action.run]
+        if not (job.listening or self.events.listening):
+            self._seq += len(action.rows)
+            job.stats.take(action.rows)
+            return
+        job.stats.take(action.rows, told=1 + job.listening)
+        specs, lanes, run_id = job.graph.specs, job.code.lanes, job.run_id
+        time_ns, told = self.clock.time_ns, job.listening
+        own, all_ = job.sinks, self.events
+        for stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started in action.rows:
+            name, lane = specs[stage].name, lanes[stage]
+            attempted = {
+                "status": "ok",
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "bytes_in": bytes_in,
+                "bytes_out": bytes_out,
+                "worker_pid": pid,
+                "started": started,
+            }
+            completed = {
+                "duration_ms": duration * 1000.0,
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "bytes_in": bytes_in,
+                "bytes_out": bytes_out,
+                "worker_pid": pid,
+                "queued_ms": max(0.0, duration - seconds) * 1000.0,
+                "started": started,
+            }
+            at, seq = time_ns(), self._seq
+            self._seq = seq + 2
+            first = Event("stage.attempt", at, seq + 1, run_id, stage=name, attempt=attempt, lane=lane, data=attempted)
+            last = Event("stage.completed", at, seq + 2, run_id, stage=name, attempt=attempt, lane=lane, data=completed)
+            if own is not None:
+                if told:
+                    own.emit(first)
+                own.emit(last)
+            if all_.listening:
+                if told:
+                    all_.emit(first)
+                all_.emit(last)
 
     def _emit(self, action: act.Emit) -> None:
         job = self.jobs[action.run]

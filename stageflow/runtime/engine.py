@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Final
@@ -26,7 +27,7 @@ from stageflow.events.fanout import FanOut
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.names import did_you_mean
 from stageflow.runtime.clock import DriverClock, RealClock
-from stageflow.runtime.code import GraphCode, code_of
+from stageflow.runtime.code import GraphCode, code_of, forget_code
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
 from stageflow.runtime.driver import Driver
 from stageflow.runtime.interrupt import Interrupt
@@ -138,7 +139,7 @@ class Engine:
         self._supply: Any = None
         self._in_worker = bool(os.environ.get(IN_WORKER))
         self._slots: dict[str, int] | None = None
-        self._store: Any = None
+        self._graphs: weakref.WeakSet[StageGraph] = weakref.WeakSet()
         self._around: Any = None
 
     # ------------------------------------------------------------ what it has
@@ -171,6 +172,7 @@ class Engine:
         """The graph with its lanes decided under this configuration."""
         config = self.config
         placement: Mapping[str, str] = config.placement
+        self._graphs.add(graph)
         made = code_of(
             graph,
             placement=placement,
@@ -540,6 +542,8 @@ class Engine:
         from stageflow.context.resources import close_all
 
         close_all(self._scope)
+        for graph in list(self._graphs):
+            forget_code(graph, self._scope)
         self.events.close()
 
 
