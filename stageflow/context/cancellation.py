@@ -36,11 +36,12 @@ class CancellationToken:
     """Says whether to stop, and why. The first reason wins; parents reach children, never the reverse.
 
     `deadline` is in seconds of `clock` (default: the monotonic clock). `probe` is asked for a reason whenever the
-    token is read and not set yet: a lane passes one that looks at its own flag. All methods may be called from any
-    thread and from signal handlers; no lock is taken.
+    token is read and not set yet: a lane passes one that looks at its own flag; `watch(look)` is called with the first
+    callback and arranges that `look()` is called once the probe has something to say. All methods may be called from
+    any thread and from signal handlers; no lock is taken.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "_clock", "_deadline", "_parent", "_probe", "_state")
+    __slots__ = ("__weakref__", "_callbacks", "_clock", "_deadline", "_parent", "_probe", "_state", "_watch")
 
     def __init__(
         self,
@@ -49,12 +50,14 @@ class CancellationToken:
         clock: Callable[[], float] | None = None,
         parent: CancellationToken | None = None,
         probe: Callable[[], str | None] | None = None,
+        watch: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:
         inherited: Callable[[], float] = parent._clock if parent is not None else time.monotonic
         self._clock: Callable[[], float] = clock or inherited
         self._deadline = deadline
         self._parent = parent
         self._probe = probe
+        self._watch = watch
         # `setdefault` and `pop` of a dict are atomic, which is all the locking a write-once flag needs. A lock would
         # deadlock when a signal handler cancels in the middle of another call.
         self._state: dict[str, _Reason] = {}
@@ -143,6 +146,9 @@ class CancellationToken:
         key = next(_keys)
         link = self._parent.on_cancel(self._set) if self._parent is not None and "reason" not in self._state else None
         self._callbacks[key] = (callback, link)
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch(self._look)
         reason = self.reason
         if reason is not None:
             self._fire(key, reason)

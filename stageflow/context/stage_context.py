@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stageflow.context.cancellation import CancellationToken
 from stageflow.context.inputs import StageInputs
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, StageCancelledError
@@ -16,29 +17,6 @@ from stageflow.core.output import StageArtifact
 
 if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
-
-
-class AttemptToken:
-    """The cancellation of one attempt: `cancelled` costs an attribute read or two, `reason` says why."""
-
-    __slots__ = ("_port",)
-
-    def __init__(self, port: WorkerPort) -> None:
-        self._port = port
-
-    @property
-    def cancelled(self) -> bool:
-        """True once the attempt was asked to stop."""
-        return self._port.cancelled()
-
-    @property
-    def reason(self) -> str | None:
-        """Why it was asked to stop, as far as the lane was told."""
-        return self._port.cancel_reason()
-
-    def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Call `callback` (from any thread) when the attempt is asked to stop."""
-        self._port.on_cancel(callback)
 
 
 class StageContext:
@@ -58,6 +36,7 @@ class StageContext:
         "_port",
         "_program",
         "_snapshot",
+        "_token",
         "attempt",
         "deadline",
         "item",
@@ -89,6 +68,7 @@ class StageContext:
         self._extras = extras
         self._defers: list[tuple[str | None, Callable[..., Any], tuple[Any, ...]]] | None = None
         self._artifacts: list[StageArtifact] | None = None
+        self._token: CancellationToken | None = None
 
     # ------------------------------------------------------------ what it sees
 
@@ -116,9 +96,21 @@ class StageContext:
         return self._port.lane
 
     @property
-    def token(self) -> AttemptToken:
-        """The cancellation of this attempt."""
-        return AttemptToken(self._port)
+    def token(self) -> CancellationToken:
+        """The cancellation of this attempt: set when the attempt is asked to stop, whatever the lane.
+
+        Cancelling it reaches what hangs on it (its children, a task group) and not the run: a stage ends the run by
+        returning `StageOutput.cancel(reason)`.
+        """
+        token = self._token
+        if token is None:
+            port = self._port
+
+            def asked() -> str | None:
+                return (port.cancel_reason() or "cancelled") if port.cancelled() else None
+
+            token = self._token = CancellationToken(probe=asked, watch=port.on_cancel)
+        return token
 
     @property
     def tokens(self) -> Mapping[str, tuple[int, ...]]:
