@@ -28,7 +28,8 @@ MIN_ROUNDS: Final = 5
 #: rounds thrown away because of noise before a measure gives up
 MAX_DISTURBED: Final = 12
 
-Side = Callable[[], float]
+#: returns what it cost, or several named costs (they become sides called "<side> <name>")
+Side = Callable[[], "float | dict[str, float]"]
 
 
 class MissingPeerError(Exception):
@@ -99,6 +100,7 @@ class Sides:
     calls: dict[str, Side] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
     def add(self, name: str, call: Side) -> None:
         """A side: returns its cost, in one unit for all sides of the scenario."""
@@ -177,7 +179,11 @@ class Rounds:
         values: dict[str, float] = {}
         for name in names:
             gc.collect()
-            values[name] = self.sides.calls[name]()
+            cost = self.sides.calls[name]()
+            if isinstance(cost, dict):
+                values.update({f"{name} {part}": number for part, number in cost.items()})
+            else:
+                values[name] = cost
         noise = statistics.median((before, stolen()))
         self.probes.append(noise)
         if noise > self.noise_limit:
@@ -221,6 +227,8 @@ def measure(
             if clock() > began + 3 * scenario.seconds:
                 break
             run.one()
+        for last in sides.at_end:
+            last()
         rows = [_outcome(row, run.kept, sides, wanted) for row in scenario.rows]
         return Report(
             scenario=scenario.name,
@@ -264,7 +272,7 @@ def _outcome(row: Row, kept: Sequence[Mapping[str, float]], sides: Sides, wanted
         ratios = _ratios(row, kept)
     except KeyError as missing:
         name = str(missing.args[0])
-        made.note = sides.missing.get(name, f"{name} was not measured")
+        made.note = sides.missing.get(name, f"{name} is not measured at this scale")
         return made
     if not sides.calls:
         made.note = "; ".join(sides.missing.values()) or "nothing to measure"

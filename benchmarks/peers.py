@@ -39,15 +39,17 @@ def need(module: str) -> None:
 
 
 def apart(package: str) -> Path:
-    """The interpreter of the environment in which `package` is, made on first use. MissingPeerError when it cannot be had."""
+    """The interpreter that has `package`, made on first use. MissingPeerError when it cannot be had."""
     home = APART / package
     python = home / "bin" / "python"
     stamp = home / ".made"
     if stamp.exists() and python.exists():
         return python
     try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True, capture_output=True, timeout=120)
-        pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", package, "uvloop"]
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--clear", str(home)], check=True, capture_output=True, timeout=120
+        )
+        pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", package, "uvloop"]
         subprocess.run(pip, check=True, capture_output=True, timeout=INSTALL_SECONDS, env=_clean())
     except (OSError, subprocess.SubprocessError) as error:
         stderr = getattr(error, "stderr", None) or b""
@@ -66,7 +68,7 @@ class Service:
 
     def __init__(self, python: Path, script: Path) -> None:
         self.process = subprocess.Popen(
-            [python, "-P", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_clean(), text=True
+            [str(python), "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_clean(), text=True
         )
 
     def ask(self, **question: Any) -> Any:
@@ -112,6 +114,8 @@ def ray_here(workers: int = WORKERS) -> Iterator[Any]:
     need("ray")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import logging
+
     import ray
 
     try:
@@ -119,7 +123,7 @@ def ray_here(workers: int = WORKERS) -> Iterator[Any]:
             num_cpus=workers,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             configure_logging=False,
             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
         )
@@ -140,8 +144,9 @@ def dask_here(workers: int = WORKERS) -> Iterator[Any]:
     need("distributed")
     import logging
 
-    import distributed
+    import distributed as untyped
 
+    distributed: Any = untyped
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
         cluster = distributed.LocalCluster(

@@ -22,7 +22,7 @@ async def anoop() -> None:
 
 
 def burn(loops: int) -> int:
-    """A fixed amount of pure-Python work. Judged by tasks that are finished, since CPU time inflates under contention."""
+    """A fixed amount of pure-Python work. Judged by tasks finished: CPU time inflates under contention."""
     total = 0
     for number in range(loops):
         total += number & 3

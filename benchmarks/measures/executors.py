@@ -8,6 +8,7 @@ import multiprocessing
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from benchmarks.graphs import CountingSink
@@ -188,9 +189,9 @@ def _tasks(scale: float) -> Iterator[Sides]:
             assert sum(len(part) for part in standard.map(burn_many, chunks)) == len(tasks)
 
         for kind, tasks, sizes in (("equal", equal, (8, 32, 128)), ("mixed", mixed, (1, 4, 16))):
-            sides.add(f"{kind} ours", timed(lambda tasks=tasks: ours(tasks)))
+            sides.add(f"{kind} ours", timed(partial(ours, tasks)))
             for size in sizes:
-                call = timed(lambda tasks=tasks, size=size: by_hand(tasks, size))
+                call = timed(partial(by_hand, tasks, size))
                 sides.add(f"{kind} ppe{size}", call)
         yield sides
 
@@ -211,12 +212,26 @@ SCENARIOS = (
         open=_latency,
         rounds=7,
         rows=(
-            Row(id="L1", what="no-op round trip, ProcessExecutor", against="concurrent.futures", over="lane", under="ppe",
-                bar=0.25, gate=True),
+            Row(
+                id="L1",
+                what="no-op round trip, ProcessExecutor",
+                against="concurrent.futures",
+                over="lane",
+                under="ppe",
+                bar=0.25,
+                gate=True,
+            ),
             Row(id="L1", what="no-op round trip, ProcessExecutor", against="mp.Pool", over="lane", under="mp.Pool"),
             Row(id="L1", what="no-op round trip, ProcessExecutor", against="loky", over="lane", under="loky"),
-            Row(id="L2", what="per process stage, whole engine", against="concurrent.futures", over="engine",
-                under="ppe", bar=0.45, gate=True),
+            Row(
+                id="L2",
+                what="per process stage, whole engine",
+                against="concurrent.futures",
+                over="engine",
+                under="ppe",
+                bar=0.45,
+                gate=True,
+            ),
         ),
     ),
     Scenario(
@@ -234,14 +249,35 @@ SCENARIOS = (
         room="executors",
         open=_futures,
         rows=(
-            Row(id="T1", what="20,000 no-ops, a future each", against="PPE.map(chunksize=1)", over="ppe", under="ours",
-                bar=15.0, at_most=False, gate=True),
-            Row(id="T1", what="20,000 no-ops, a future each", against="PPE.map(chunksize=256)", over="ppe256",
-                under="ours", at_most=False),
-            Row(id="T1", what="20,000 no-ops, a future each", against="joblib", over="joblib", under="ours",
-                at_most=False),
-            Row(id="T1", what="20,000 no-ops, a future each", against="mpire", over="mpire", under="ours",
-                at_most=False),
+            Row(
+                id="T1",
+                what="20,000 no-ops, a future each",
+                against="PPE.map(chunksize=1)",
+                over="ppe",
+                under="ours",
+                bar=15.0,
+                at_most=False,
+                gate=True,
+            ),
+            Row(
+                id="T1",
+                what="20,000 no-ops, a future each",
+                against="PPE.map(chunksize=256)",
+                over="ppe256",
+                under="ours",
+                at_most=False,
+            ),
+            Row(
+                id="T1",
+                what="20,000 no-ops, a future each",
+                against="joblib",
+                over="joblib",
+                under="ours",
+                at_most=False,
+            ),
+            Row(
+                id="T1", what="20,000 no-ops, a future each", against="mpire", over="mpire", under="ours", at_most=False
+            ),
         ),
     ),
     Scenario(
@@ -250,10 +286,26 @@ SCENARIOS = (
         open=_items,
         rounds=7,
         rows=(
-            Row(id="T2", what="20,000 no-op items of a map", against="mp.Pool.map", over="mp.Pool", under="ours",
-                bar=0.25, at_most=False, gate=True),
-            Row(id="T2", what="the same, a sink called per item", against="mp.Pool.map", over="mp.Pool",
-                under="ours+sink", bar=0.10, at_most=False, gate=True),
+            Row(
+                id="T2",
+                what="20,000 no-op items of a map",
+                against="mp.Pool.map",
+                over="mp.Pool",
+                under="ours",
+                bar=0.25,
+                at_most=False,
+                gate=True,
+            ),
+            Row(
+                id="T2",
+                what="the same, a sink called per item",
+                against="mp.Pool.map",
+                over="mp.Pool",
+                under="ours+sink",
+                bar=0.10,
+                at_most=False,
+                gate=True,
+            ),
         ),
     ),
     Scenario(
@@ -264,10 +316,22 @@ SCENARIOS = (
         max_rounds=15,
         seconds=90.0,
         rows=(
-            Row(id="T3", what="2,000 tasks of 1 ms, finished/s", against="best hand-chunked PPE",
-                formula=_best("equal", (8, 32, 128)), bar=0.97, at_most=False),
-            Row(id="T3", what="600 tasks of 0.1 to 20 ms, finished/s", against="best hand-chunked PPE",
-                formula=_best("mixed", (1, 4, 16)), bar=1.1, at_most=False),
+            Row(
+                id="T3",
+                what="2,000 tasks of 1 ms, finished/s",
+                against="best hand-chunked PPE",
+                formula=_best("equal", (8, 32, 128)),
+                bar=0.97,
+                at_most=False,
+            ),
+            Row(
+                id="T3",
+                what="600 tasks of 0.1 to 20 ms, finished/s",
+                against="best hand-chunked PPE",
+                formula=_best("mixed", (1, 4, 16)),
+                bar=1.1,
+                at_most=False,
+            ),
         ),
     ),
 )

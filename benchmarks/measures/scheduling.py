@@ -11,7 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 from benchmarks.graphs import CountingSink, chain, fan_out, floor, layered
@@ -40,6 +41,10 @@ def _runs(runner: Any, engine: Any, graph: Any, sinks: Callable[[], tuple[Any, .
     return once
 
 
+def _floor(runner: Any, graph: Any) -> None:
+    runner.run(floor(graph.deps, graph.dependents))
+
+
 def _nobody() -> tuple[Any, ...]:
     return ()
 
@@ -58,8 +63,7 @@ def _stages(scale: float) -> Iterator[Sides]:
             repeat = 9 if len(graph) <= 1000 else 1
             sides.add(f"{shape} ours", cpu_timed(_runs(runner, engine, graph, _nobody), repeat=repeat))
             sides.add(f"{shape} sink", cpu_timed(_runs(runner, engine, graph, _counter), repeat=repeat))
-            call = lambda graph=graph: runner.run(floor(graph.deps, graph.dependents))  # noqa: E731
-            sides.add(f"{shape} floor", cpu_timed(call, repeat=repeat))
+            sides.add(f"{shape} floor", cpu_timed(partial(_floor, runner, graph), repeat=repeat))
             sides.notes[f"{shape} stages"] = len(graph)
         yield sides
 
@@ -74,8 +78,7 @@ def _large(sizes: tuple[str, str]) -> Callable[[float], Any]:
                 graph = graph_of(shape)
                 repeat = 15 if len(graph) <= 1000 else 1
                 sides.add(f"{shape} ours", cpu_timed(_runs(runner, engine, graph, _nobody), repeat=repeat))
-                call = lambda graph=graph: runner.run(floor(graph.deps, graph.dependents))  # noqa: E731
-                sides.add(f"{shape} floor", cpu_timed(call, repeat=repeat))
+                sides.add(f"{shape} floor", cpu_timed(partial(_floor, runner, graph), repeat=repeat))
             yield sides
 
     return opened
@@ -135,8 +138,15 @@ SCENARIOS = (
         open=_stages,
         rounds=7,
         rows=tuple(
-            Row(id="S1", what=f"{shape} stages, {what}", against="asyncio floor", over=f"{shape} {side}",
-                under=f"{shape} floor", bar=bar, gate=True)
+            Row(
+                id="S1",
+                what=f"{shape} stages, {what}",
+                against="asyncio floor",
+                over=f"{shape} {side}",
+                under=f"{shape} floor",
+                bar=bar,
+                gate=True,
+            )
             for shape in SHAPES
             for what, side, bar in (("no sink", "ours", 3.5), ("one counting sink", "sink", 4.5))
         ),
@@ -148,8 +158,13 @@ SCENARIOS = (
         seconds=60.0,
         quick=False,
         rows=(
-            Row(id="S2", what="100,000 stages, fan-out, per stage", against="ours at 1,000, each over its floor",
-                formula=_growth("fan-out 100,000", "fan-out 1,000"), bar=1.3),
+            Row(
+                id="S2",
+                what="100,000 stages, fan-out, per stage",
+                against="ours at 1,000, each over its floor",
+                formula=_growth("fan-out 100,000", "fan-out 1,000"),
+                bar=1.3,
+            ),
         ),
     ),
     Scenario(
@@ -159,8 +174,13 @@ SCENARIOS = (
         seconds=60.0,
         quick=False,
         rows=(
-            Row(id="S2", what="100,000 stages, chain, per stage", against="ours at 1,000, each over its floor",
-                formula=_growth("chain 100,000", "chain 1,000"), bar=1.3),
+            Row(
+                id="S2",
+                what="100,000 stages, chain, per stage",
+                against="ours at 1,000, each over its floor",
+                formula=_growth("chain 100,000", "chain 1,000"),
+                bar=1.3,
+            ),
         ),
     ),
     Scenario(
@@ -171,8 +191,13 @@ SCENARIOS = (
         seconds=150.0,
         quick=False,
         rows=(
-            Row(id="S2", what="1,000,000 stages, fan-out, per stage", against="ours at 1,000, each over its floor",
-                formula=_growth("fan-out 1,000,000", "fan-out 1,000"), bar=1.3),
+            Row(
+                id="S2",
+                what="1,000,000 stages, fan-out, per stage",
+                against="ours at 1,000, each over its floor",
+                formula=_growth("fan-out 1,000,000", "fan-out 1,000"),
+                bar=1.3,
+            ),
         ),
     ),
     Scenario(
@@ -183,8 +208,15 @@ SCENARIOS = (
         seconds=150.0,
         quick=False,
         rows=tuple(
-            Row(id="S3", what=f"{shape} stages", against="stageflow-core",
-                over=f"{shape} core".replace(" ", "_"), under=f"{shape} ours".replace(" ", "_"), bar=15.0, at_most=False)
+            Row(
+                id="S3",
+                what=f"{shape} stages",
+                against="stageflow-core",
+                over=f"{shape} core".replace(" ", "_"),
+                under=f"{shape} ours".replace(" ", "_"),
+                bar=15.0,
+                at_most=False,
+            )
             for shape in SHAPES
         ),
     ),
@@ -197,8 +229,14 @@ SCENARIOS = (
         seconds=120.0,
         quick=False,
         rows=tuple(
-            Row(id="S4", what=f"peak memory per stage, {shape} of 1,000,000", against="-",
-                formula=lambda values, shape=shape: values[shape], bar=1536.0, unit="bytes")
+            Row(
+                id="S4",
+                what=f"peak memory per stage, {shape} of 1,000,000",
+                against="-",
+                formula=itemgetter(shape),
+                bar=1536.0,
+                unit="bytes",
+            )
             for shape in ("chain", "fan-out")
         ),
     ),

@@ -94,8 +94,15 @@ SCENARIOS = (
         open=_imports,
         rounds=7,
         rows=(
-            Row(id="C1", what="import stageflow and its first names", against="asyncio + concurrent.futures.process",
-                over="stageflow", under="standard", bar=1.5, gate=True),
+            Row(
+                id="C1",
+                what="import stageflow and its first names",
+                against="asyncio + concurrent.futures.process",
+                over="stageflow",
+                under="standard",
+                bar=1.5,
+                gate=True,
+            ),
         ),
     ),
     Scenario(
@@ -104,8 +111,14 @@ SCENARIOS = (
         open=_first,
         rounds=7,
         rows=(
-            Row(id="C2", what="fresh interpreter to first process result", against="PPE forkserver", over="ours",
-                under="ppe", bar=1.2),
+            Row(
+                id="C2",
+                what="fresh interpreter to first process result",
+                against="PPE forkserver",
+                over="ours",
+                under="ppe",
+                bar=1.2,
+            ),
         ),
     ),
     Scenario(
@@ -113,8 +126,15 @@ SCENARIOS = (
         room="start-up",
         open=_idle,
         rows=(
-            Row(id="C3", what="memory of an idle worker (PSS)", against="PPE forkserver worker", over="ours",
-                under="ppe", bar=1.5, gate=True),
+            Row(
+                id="C3",
+                what="memory of an idle worker (PSS)",
+                against="PPE forkserver worker",
+                over="ours",
+                under="ppe",
+                bar=1.5,
+                gate=True,
+            ),
         ),
     ),
 )

@@ -10,6 +10,7 @@ import sys
 import time
 
 import uvloop
+
 from stageflow.api import Pipeline, StageKind, stage, stage_metadata
 
 logging.disable(logging.CRITICAL)
