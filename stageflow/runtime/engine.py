@@ -304,6 +304,7 @@ class Engine:
         options: RunOptions,
         index: int | None = None,
         parent: Job | None = None,
+        parent_run_id: str | None = None,
         depth: int = 0,
     ) -> tuple[_LoopState, Job]:
         """Start a run on the running loop; `job.finished` has its result."""
@@ -333,6 +334,8 @@ class Engine:
                     seed=seed,
                 )
                 job.token = options.token
+                if parent_run_id is not None:
+                    job.parent_run_id = parent_run_id
                 return job
 
             return state, state.driver.submit(make, mode=str(mode), deadline=options.timeout)
@@ -395,10 +398,25 @@ class Engine:
         result: RunResult = self._on_own_loop(self._run(graph, inputs, snapshot, chosen))
         return result
 
-    async def _run(
-        self, graph: StageGraph, inputs: Mapping[str, Any] | None, snapshot: ContextSnapshot | None, options: RunOptions
+    def run_child(
+        self, graph: StageGraph, snapshot: ContextSnapshot, options: RunOptions, *, parent_run_id: str, depth: int
     ) -> RunResult:
-        state, job = await self.begin(graph, inputs, snapshot=snapshot, options=options)
+        """Run `graph` as the child of a run of another process, and block: `ctx.spawn` in a worker."""
+        _no_running_loop("run_child", "await ctx.spawn(...)")
+        result: RunResult = self._on_own_loop(
+            self._run(graph, None, snapshot, options, parent_run_id=parent_run_id, depth=depth)
+        )
+        return result
+
+    async def _run(
+        self,
+        graph: StageGraph,
+        inputs: Mapping[str, Any] | None,
+        snapshot: ContextSnapshot | None,
+        options: RunOptions,
+        **origin: Any,
+    ) -> RunResult:
+        state, job = await self.begin(graph, inputs, snapshot=snapshot, options=options, **origin)
         try:
             with Interrupt(
                 asyncio.get_running_loop(), lambda reason, force: state.driver.cancel(job, reason, force=force)

@@ -47,6 +47,7 @@ class Job:
         "identity",
         "index",
         "parent",
+        "parent_run_id",
         "pumps",
         "result",
         "run_id",
@@ -89,6 +90,7 @@ class Job:
         self.index = index
         self.depth = depth
         self.parent = parent
+        self.parent_run_id = parent.run_id if parent is not None else None  # of another process, in a worker
         self.children: set[int] = set()
         self.cleanups: list[Any] = []  # of lost attempts, running on a thread
         self._dice: dict[Any, random.Random] = {}
@@ -167,6 +169,6 @@ class Job:
             stats=self.stats,
             abandoned=tuple(self.abandoned),
             index=self.index,
-            parent_run_id=self.parent.run_id if self.parent is not None else None,
+            parent_run_id=self.parent_run_id,
         )
         return self.result
