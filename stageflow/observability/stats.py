@@ -12,6 +12,7 @@ How the numbers are counted (each view says the same, since each reads this fold
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -31,6 +32,9 @@ _APART: Final = frozenset(
     {names.RUN_STARTED, names.RUN_COMPLETED, names.RUN_FAILED, names.RUN_CANCELLED, names.WORKER_STARTED}
 )
 _MAX_LATE: Final = 65_536
+#: rows of this many stages are packed into a table: 80 bytes a stage
+_MAX_ROWS: Final = 8_192
+_WIDTH: Final = 10
 
 
 class StageStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,7 +227,11 @@ class StatsFold:
         "_handlers",
         "_late",
         "_pressure_since",
+        "_rows",
+        "_stages",
+        "_table",
         "_tallies",
+        "_zero",
         "backpressure",
         "events",
         "kinds",
@@ -240,7 +248,11 @@ class StatsFold:
         "workers_started",
     )
 
-    def __init__(self, stages: Sequence[str] = ()) -> None:
+    def __init__(self, stages: Sequence[str] = (), *, specs: Sequence[Any] = (), lanes: Sequence[str] = ()) -> None:
+        self._rows: list[tuple[Any, ...]] = []  # of stages that succeeded, told in short
+        self._table: array[float] = array("d")  # the same, when there are many
+        self._stages = (specs, lanes)  # what the numbers in rows mean
+        self._zero = (0.0, 0)
         self.stages: Sequence[str] = stages
         self._tallies: dict[str, StageTally] = {}
         self._late: list[Event] = []
@@ -291,7 +303,7 @@ class StatsFold:
             return
         handler = self._handlers.get(event.type)
         if handler is not None:
-            if late and event.type not in _APART:
+            if (late or self._rows) and event.type not in _APART:
                 self._settle()
             handler(event)
 
@@ -301,11 +313,72 @@ class StatsFold:
         handlers = self._handlers
         for event in late:
             handlers[event.type](event)
+        # a row is the last that is heard of its stage, so it may come after every event
+        rows, self._rows = self._rows, []
+        table, self._table = self._table, array("d")
+        for at in range(0, len(table), _WIDTH):
+            self._row(*table[at : at + _WIDTH])
+        for row in rows:
+            self._row(*row)
+
+    def begins(self, monotonic: float, time_unix_ns: int) -> None:
+        """The run begins at this time, by two clocks: rows are told by the first."""
+        self._zero = (monotonic, time_unix_ns)
+
+    def take(self, rows: list[tuple[Any, ...]], told: int = 1) -> None:
+        """Take rows (`stageflow.scheduler.actions.ROW`) of plain stages that succeeded; each stands for `told` events."""
+        self.events += told * len(rows)
+        own = self._rows
+        own += rows
+        if len(own) >= _MAX_ROWS:
+            self._rows = []
+            table = self._table
+            for row in own:
+                table.extend(row)
+
+    def _row(
+        self,
+        stage: float,
+        attempt: float,
+        now: float,
+        duration: float,
+        seconds: float,
+        cpu_seconds: float,
+        bytes_in: float,
+        bytes_out: float,
+        pid: float,
+        started: float,
+    ) -> None:
+        """What `_attempt` and `_completed` do for the two events that a row stands for."""
+        specs, lanes = self._stages
+        number = int(stage)
+        tally = self._tally(specs[number].name)
+        tally.items_out += 1
+        tally.emitted += 1
+        tally.attempts_ended += 1
+        histogram = tally.histogram
+        if histogram is None:
+            histogram = tally.histogram = Histogram()
+        histogram.add(seconds, 1)
+        tally.cpu_seconds += cpu_seconds
+        tally.queued_seconds += max(0.0, duration - seconds)
+        tally.bytes_in += int(bytes_in)
+        tally.bytes_out += int(bytes_out)
+        if pid:
+            if tally.pids is None:
+                tally.pids = {}
+            if len(tally.pids) < _MAX_PIDS:
+                tally.pids[int(pid)] = None
+        tally.lane = lanes[number]
+        tally.status = "ok"
+        tally.wall_seconds += duration
+        begun, begun_ns = self._zero
+        tally.ended_ns = begun_ns + int((now - begun) * 1e9)
 
     @property
     def tallies(self) -> Mapping[str, StageTally]:
         """The live counters of every stage that had an event."""
-        if self._late:
+        if self._late or self._rows or self._table:
             self._settle()
         return self._tallies
 

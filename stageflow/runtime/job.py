@@ -46,6 +46,7 @@ class Job:
         "id",
         "identity",
         "index",
+        "listening",
         "parent",
         "parent_run_id",
         "pumps",
@@ -94,7 +95,7 @@ class Job:
         self.children: set[int] = set()
         self.cleanups: list[Any] = []  # of lost attempts, running on a thread
         self._dice: dict[Any, random.Random] = {}
-        self.stats = StatsFold()
+        self.stats = StatsFold(specs=graph.specs, lanes=code.lanes)
         self.dice = random.Random(seed)
         self.failures: list[FailureRecord] = []
         self.failed_items = 0
@@ -107,6 +108,7 @@ class Job:
         self.unlink: Callable[[], None] | None = None
         self.started = 0.0
         self.started_ns = 0
+        self.listening = False  # somebody listened when it began
         self.error: ErrorInfo | None = None
         self.broken: BaseException | None = None  # a bug of ours, raised in place of a result
         self.result: RunResult | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -12,7 +12,7 @@ class Action(msgspec.Struct, gc=False):
 
 
 class StartAttempt(Action):
-    """Run one attempt of a plain stage."""
+    """Run one attempt of a plain stage; tell the sinks that it started."""
 
     task: int
     run: int
@@ -117,6 +117,19 @@ class Emit(Action):
     item: tuple[int, ...] | None = None
     attempt: int | None = None
     data: dict[str, Any] = {}
+
+
+class Completed(Action):
+    """Attempts of plain stages have succeeded, and their stages with them: book them, tell the sinks. A row each, in
+    the order of `ROW`; seconds are monotonic or durations, of `now` and `duration` as the scheduler saw them."""
+
+    run: int
+    rows: list[tuple[Any, ...]]
+
+
+#: the fields of a row of `Completed`
+ROW: Final = ("stage", "attempt", "now", "duration", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "worker_pid",
+              "started")  # fmt: skip
 
 
 class KeepItems(Action):

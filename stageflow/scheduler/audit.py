@@ -57,6 +57,7 @@ class Story:
             move(run, stage, to)
 
         machine._move = remembered  # type: ignore[method-assign]
+        machine.unrolled = False
 
     def of(self, run_id: str, stage: str) -> tuple[str, ...]:
         """The moves of one stage, oldest first. A plain stage's step from WAITING to READY may be left out."""
@@ -83,7 +84,7 @@ def _audit_lanes(machine: Machine) -> None:
     for lane in machine.lanes.values():
         _check(lane.used == held[lane.name], "a slot is used iff a task holds it", lane.name, lane.used, held)
         room = lane.used < lane.slots
-        waiting = [entry for entry in lane.heap if entry[4].ending is None]
+        waiting = [entry for entry in lane.entries() if entry[4].ending is None]
         _check(not (room and waiting), "nothing waits for a lane that has room", lane.name, len(waiting))
     for run in machine.runs.values():
         _check(run.running == by_run[run.id], "running counts the tasks of a run", run.running, by_run[run.id])
@@ -103,7 +104,7 @@ def _audit_lanes(machine: Machine) -> None:
 
 def _entries(machine: Machine) -> Iterator[Any]:
     for lane in machine.lanes.values():
-        yield from lane.heap
+        yield from lane.entries()
     for parked in machine.admission.parked.values():
         for _, entry in parked:
             yield entry

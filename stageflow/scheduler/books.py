@@ -4,7 +4,9 @@ parts."""
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 import msgspec
@@ -13,9 +15,12 @@ from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.streams import Segment, Stream
 
+#: what waits for a slot: (-priority, -depth, the run's age, its own age, run, stage, stream, since when)
+Entry = tuple[int, int, int, int, "Run", int, "Stream | None", float]
+
 
 class Task(msgspec.Struct, eq=False):
-    """One attempt under way. `segments` and `job` are set for blocks and folds. A Struct: made in C, once per attempt."""
+    """One attempt under way. `segments` and `job` are set for blocks and folds. A Struct: made in C."""
 
     id: int
     run: Run
@@ -127,10 +132,40 @@ class Run:
 class Lane:
     """Slots of one lane and what waits for them."""
 
-    __slots__ = ("heap", "name", "slots", "used")
+    __slots__ = ("fifo", "heap", "name", "slots", "used")
 
     def __init__(self, name: str, slots: int) -> None:
         self.name = name
         self.slots = slots
         self.used = 0
-        self.heap: list[tuple[int, int, int, int, Run, int, Stream | None, float]] = []
+        self.heap: list[Entry] = []
+        self.fifo: deque[Entry] = deque()  # ascending: what came in order need not be sorted again
+
+    def push(self, entry: Entry) -> None:
+        """Queue an entry."""
+        fifo = self.fifo
+        if not fifo or fifo[-1] < entry:
+            fifo.append(entry)
+        else:
+            heappush(self.heap, entry)
+
+    def first(self) -> Entry:
+        """The entry that is next."""
+        heap, fifo = self.heap, self.fifo
+        if not heap:
+            return fifo[0]
+        return heap[0] if not fifo or heap[0] < fifo[0] else fifo[0]
+
+    def pop(self) -> Entry:
+        """Take out the entry that is next: by priority, then depth, then age."""
+        heap, fifo = self.heap, self.fifo
+        if not heap:
+            return fifo.popleft()
+        return heappop(heap) if not fifo or heap[0] < fifo[0] else fifo.popleft()
+
+    def entries(self) -> list[Entry]:
+        """Everything that waits, in no order."""
+        return [*self.heap, *self.fifo]
+
+    def __bool__(self) -> bool:
+        return bool(self.fifo or self.heap)

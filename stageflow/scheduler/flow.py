@@ -14,7 +14,6 @@ Part of `Machine`; see there for what this may not import.
 
 from __future__ import annotations
 
-from heapq import heappush
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.core.output import ErrorInfo
@@ -405,7 +404,7 @@ class FlowRules:
         self._seq += 1
         priority = -layout.specs[stream.stage].policies.priority
         run.queued += 1
-        heappush(lane.heap, (priority, -layout.depth[stream.stage], run.seq, self._seq, run, stream.stage, stream, now))
+        lane.push((priority, -layout.depth[stream.stage], run.seq, self._seq, run, stream.stage, stream, now))
 
     def _start_flow(self: Machine, run: Run, stream: Stream, lane: Lane, entry: Any, now: float) -> None:
         """The stage's turn: start one block, and queue it again if there is more."""

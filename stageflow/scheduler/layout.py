@@ -26,9 +26,11 @@ class Layout:
     - `readers[i]`: the stages that read stream i element by element;
     - `collectors[i]`: how many stages need stream i as a whole;
     - `keeps[i]`: the values of stream i stay until the run ends;
-    - `plain`: the graph has no streams and no guards with a retry path: the end of a stage only counts down its dependents;
+    - `plain`: no streams, no guards with a retry path: the end of a stage only counts down its dependents;
     - `special[i]`: 1 where readiness has rules beyond "all dependencies are done";
     - `limited[i]`: 1 where admission has to be asked (concurrency, rate, tokens, resources);
+    - `simple[i]`: 1 for a task with default policies in a plain graph: nothing is asked before it starts or when it
+      ends well;
     - `required[i]`: dependencies without whose value stage i is skipped;
     - `gates[i]`: guards that must have passed for good before stage i may start.
     """
@@ -56,6 +58,7 @@ class Layout:
         "readers",
         "required",
         "roles",
+        "simple",
         "size",
         "special",
         "specs",
@@ -116,6 +119,12 @@ class Layout:
         wanted = {i: spec.policies.priority for i, spec in enumerate(specs) if spec.policies.priority}
         self.priorities: dict[int, int] | None = wanted or None
         self.limited = bytes(limited)
+        simple = bytearray(size)
+        if self.plain and not graph.guard_paths:
+            for i, spec in enumerate(specs):
+                if spec.role == Role.TASK and spec.policies is DEFAULT_POLICIES and not special[i]:
+                    simple[i] = 1
+        self.simple = bytes(simple)
         for i in range(size):
             if self.roles[i] in (Role.SOURCE, Role.MAP) and (
                 specs[i].policies.keep or (specs[i].policies.keep is None and self._unread(i))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from heapq import heappop, heappush
 from typing import Any, Final
 
 from stageflow.core.errors import InvariantError
@@ -28,16 +27,16 @@ from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.flow import FlowRules
 from stageflow.scheduler.guards import GuardRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
+from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
 from stageflow.scheduler.states import ALLOWED, ENDED, StageState
 from stageflow.scheduler.streams import Stream
 
 _S = StageState
-SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead (rules of the process lane)
 AHEAD: Final = 2  # tasks per worker when they are short
 CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
-class Machine(OutcomeRules, FlowRules, GuardRules):
+class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules):
     """The scheduler of one event loop: any number of runs, one set of lanes.
 
     `lanes` maps a lane's name to its slots; `tokens` names to how many there are; `memory` is the byte budget of live
@@ -68,10 +67,13 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self.admission = Admission(tokens or {})
         self.ahead = dict(ahead or {})
         self.seconds: dict[tuple[int, int], float] = {}  # (layout key, stage) -> smoothed seconds of an attempt
+        self.unrolled = True  # take the short way for plain stages (tests compare it with the long one)
         self.final_states: dict[int, bytes] = {}  # of finished runs, until the driver takes them
         self._out: list[Any] = []
-        self._seq = 0
-        self._next_task = 0
+        self._rows: list[tuple[Any, ...]] = []  # of `_rows_of`: attempts that ended well in this turn
+        self._rows_of: int = 0
+        self._seq: int = 0
+        self._next_task: int = 0
         self._next_timer = 0
         self._timer_run: dict[int, Run | None] = {}
         self._ended: deque[tuple[Run, int]] = deque()
@@ -94,11 +96,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
 
     def handle(self, signal: Any, now: float) -> list[Any]:
         """Take one signal; return what must happen next, in order. Never waits."""
-        out: list[Any] = []
-        self._out = out
-        self._handlers[type(signal)](signal, now)
-        self._dispatch(now)
-        return out
+        return self.handle_all([signal], now)
 
     def handle_all(self, signals: list[Any], now: float) -> list[Any]:
         """Take several signals of one loop turn; dispatch once."""
@@ -106,9 +104,22 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         self._out = out
         handlers = self._handlers
         for signal in signals:
+            if type(signal) is sig.AttemptEnded and self._plain_ended(signal, now):
+                continue
+            if self._rows:
+                self._tell_rows()
             handlers[type(signal)](signal, now)
+        if self._rows:
+            self._tell_rows()
         self._dispatch(now)
         return out
+
+    def _tell_rows(self) -> None:
+        """Pass on what ended well, before anything that came of a later signal."""
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        self._out.append(act.Completed(self._rows_of, rows))
 
     # ------------------------------------------------------------ runs
 
@@ -260,7 +271,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         lane = self.lanes[layout.lanes[stage]]
         self._seq += 1
         run.queued += 1
-        heappush(lane.heap, (-layout.priority(stage), -layout.depth[stage], run.seq, self._seq, run, stage, None, now))
+        lane.push((-layout.priority(stage), -layout.depth[stage], run.seq, self._seq, run, stage, None, now))
 
     def _on_decided(self, signal: sig.Decided, now: float) -> None:
         run = self.runs.get(signal.run)
@@ -323,7 +334,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
             self._touch(run)
 
     def _settle_plain(self, run: Run, stage: int, now: float) -> None:
-        """`_settle_ended` for a graph of plain stages of which none has failed or been skipped: the common case, unrolled."""
+        """`_settle_ended` for a graph of plain stages of which none has failed or been skipped, unrolled."""
         layout = run.layout
         waiting, state, special = run.waiting, run.state, layout.special
         for dependent in layout.dependents[stage]:
@@ -337,7 +348,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                 self._seq = seq = self._seq + 1
                 run.queued += 1
                 entry = (-layout.priority(dependent), -layout.depth[dependent], run.seq, seq, run, dependent, None, now)
-                heappush(self.lanes[layout.lanes[dependent]].heap, entry)
+                self.lanes[layout.lanes[dependent]].push(entry)
             elif left < 0:
                 raise InvariantError(f"stage {layout.name(dependent)!r} was told more ends than it waits for")
         self._touched[run.id] = run
@@ -348,7 +359,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
         """Give free slots to what is ready: priority, then depth, then age."""
         lanes = self._lane_list
         for lane in lanes:
-            if lane.heap:
+            if lane.fifo or lane.heap:
                 self._dispatch_lane(lane, now)
         if self._touched:
             touched, self._touched = self._touched, {}
@@ -359,24 +370,35 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                     again = True
             if again:
                 for lane in lanes:
-                    if lane.heap:
+                    if lane:
                         self._dispatch_lane(lane, now)
             for run in touched.values():
                 if not run.running and not run.pulling and run.id in self.runs:
                     self._check_over(run, now)
 
     def _dispatch_lane(self, lane: Lane, now: float) -> None:
-        heap = lane.heap
+        heap, fifo = lane.heap, lane.fifo
         most_ahead = lane.slots * self.ahead.get(lane.name, 1)
-        while heap:
+        unrolled = self.unrolled
+        while fifo or heap:
             if lane.used >= lane.slots:
                 if lane.used >= most_ahead:
                     return
-                _, _, _, _, run, stage, stream, _ = heap[0]
+                _, _, _, _, run, stage, stream, _ = lane.first()
                 if not self._is_short(run, stage, stream):
                     return
-            entry = heappop(heap)
-            run, stage, stream = entry[4], entry[5], entry[6]
+            entry = lane.pop() if heap else fifo.popleft()
+            _, _, _, _, run, stage, stream, since = entry
+            if (
+                unrolled
+                and run.layout.simple[stage]
+                and run.state[stage] == 2
+                and run.ending is None
+                and not run.deaths
+            ):
+                run.queued -= 1
+                self._start_plain(run, stage, lane, since)
+                continue
             run.queued -= 1
             if run.ending is not None:
                 if stream is not None:
@@ -386,7 +408,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                 if run.state[stage] == _S.READY:
                     if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
                         continue
-                    self._start(run, stage, lane, entry[7], now)
+                    self._start(run, stage, lane, since, now)
             else:
                 stream.queued = False
                 self._start_flow(run, stream, lane, entry, now)
@@ -415,7 +437,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
 
     def _unpark(self, reason: str, now: float) -> None:
         for lane_name, entry in self.admission.unpark(reason):
-            heappush(self.lanes[lane_name].heap, entry)
+            self.lanes[lane_name].push(entry)
 
     def _start(self, run: Run, stage: int, lane: Lane, since: float, now: float) -> None:
         self._next_task = id = self._next_task + 1
@@ -437,14 +459,10 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                 task.deadline = run.first_start[stage] + policies.total_timeout
             if policies.timeout is not None or task.deadline is not None:
                 self._arm_timeout(task, policies.timeout, now)
-        if run.listening:
-            self._emit("stage.started", run, stage, attempt=attempt)
         alone = bool(run.deaths) and run.deaths.get(stage, 0) > 0
         short = name == "process" and self._is_short(run, stage, None)
         feedback = run.feedback.get(stage) if run.feedback else None
-        self._out.append(
-            act.StartAttempt(id, run.id, stage, name, attempt, alone, short, task.tokens, feedback)
-        )
+        self._out.append(act.StartAttempt(id, run.id, stage, name, attempt, alone, short, task.tokens, feedback))
 
     def _drop_task(self, task: Task, now: float) -> None:
         """The task is over: give back what it held."""
@@ -590,7 +608,7 @@ class Machine(OutcomeRules, FlowRules, GuardRules):
                 stream.blocked = False
                 self._offer(run, stream, now)
             for lane in self._lane_list:
-                if lane.heap:
+                if lane:
                     self._dispatch_lane(lane, now)
         if run.running or run.queued or run.retry_timers:
             return

@@ -1,4 +1,4 @@
-"""A driver without loop, clock or lanes: performs a machine's actions on sketched pipelines in an order that dice say.
+"""A driver without loop, clock or lanes: performs actions of a machine on sketched pipelines, in an order dice decide.
 
 The runners are really called; when an attempt ends, how much of a block comes back, when workers die and when timers
 fire is chosen at random. After each signal the books are audited.
@@ -184,6 +184,10 @@ class Simulation:
         assert action.run not in self.finished
         if action.type == "stage.failed" and action.item is not None:
             self.failed_items[action.run, action.stage] += 1
+
+    def do_Completed(self, action):
+        assert action.run not in self.finished
+        assert action.rows
 
     def do_KeepItems(self, action):
         values = self.values[action.run, action.handle]
