@@ -16,7 +16,7 @@ from types import CoroutineType, GeneratorType
 from typing import Any, Final
 
 from stageflow.core.errors import LaneClosedError
-from stageflow.core.executor import Call, Deliver, Reply, Shipped
+from stageflow.core.executor import Call, Deliver, Outcome, Reply, Shipped
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
 #: a task factory breaks uvloop; constructing the task does not
@@ -37,6 +37,7 @@ class AsyncExecutor(LocalLane):
         super().__init__("async", max_tasks)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: LocalPort | None = None  # the call whose first step is taken inside `start`
 
     async def open(self) -> None:
         """Bind to the running loop."""
@@ -58,7 +59,11 @@ class AsyncExecutor(LocalLane):
         self._ports[call.id] = port
         coroutine = self._run(port)
         if _EAGER:
-            task = asyncio.Task(coroutine, loop=loop, eager_start=True)  # type: ignore[call-arg, unused-ignore]
+            self._starting = port
+            try:
+                task = asyncio.Task(coroutine, loop=loop, eager_start=True)  # type: ignore[call-arg, unused-ignore]
+            finally:
+                self._starting = None
             if not task.done():
                 self._tasks[call.id] = task
         else:
@@ -79,9 +84,16 @@ class AsyncExecutor(LocalLane):
             outcome = port.failed(error, _monotonic() - started)
         id = call.id
         self._tasks.pop(id, None)
-        del self._ports[id]
+        self._ports.pop(id, None)
         if not port.done:
             port.done = True
+            self._deliver(port, outcome)
+
+    def _deliver(self, port: LocalPort, outcome: Outcome) -> None:
+        """Hand an outcome on, but never from inside `start`."""
+        if self._starting is port and self._loop is not None:
+            self._loop.call_soon(port.deliver, outcome)
+        else:
             port.deliver(outcome)
 
     def _parts(self, port: LocalPort, replies: Any) -> Any:
@@ -91,7 +103,7 @@ class AsyncExecutor(LocalLane):
             if ends:
                 last = reply
             elif reply is not None and not port.done:
-                port.deliver(port.part(reply))
+                self._deliver(port, port.part(reply))
         return last
 
     def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
@@ -102,7 +114,13 @@ class AsyncExecutor(LocalLane):
         port.ask_to_stop(reason)
         if task is not None:
             task.cancel(reason)
-        if force and not port.done:
+        if not port.started and not port.done:
+            # a task that is cancelled before its first step never enters its coroutine
+            port.done = True
+            self._ports.pop(call_id, None)
+            self._tasks.pop(call_id, None)
+            port.deliver(port.cancelled_outcome())
+        elif force and not port.done:
             port.done = True
             port.deliver(port.cancelled_outcome({"abandoned": True}))
 

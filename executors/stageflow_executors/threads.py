@@ -154,7 +154,10 @@ class ThreadExecutor(LocalLane):
 
     def _note(self, call_id: int, kind: str, data: Any) -> None:
         with self._lock:
-            self._inbox.append((self._ports[call_id], Outcome(call_id, meta=(kind, data), final=False, started=-1.0)))
+            port = self._ports.get(call_id)
+            if port is None:
+                return  # abandoned: nobody listens any more
+            self._inbox.append((port, Outcome(call_id, meta=(kind, data), final=False, started=-1.0)))
             if self._woken:
                 return
             self._woken = True
@@ -248,13 +251,14 @@ class ThreadExecutor(LocalLane):
         with self._lock:
             self.closed = True
             idle, self._idle = self._idle, []
+            leaving = list(self._threads)  # those that have just delivered end by themselves
             for thread in idle:
                 self._threads.discard(thread)
         for thread in idle:
             thread.work = None
             with self._lock:
                 thread.wake.release()
-        for thread in idle:
+        for thread in leaving:
             if thread.thread is not None:
                 thread.thread.join(timeout=1.0)
         self._loop = None

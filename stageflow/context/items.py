@@ -343,14 +343,26 @@ class ItemProgram(Program):
     async def run_async(
         self, port: WorkerPort, header: Header, snapshot: Any, pieces: tuple[Piece, ...], *args: Any
     ) -> Reply:
-        """Run a block on the caller's loop, item after item (the async lane gets blocks of one)."""
+        """Run a block on the caller's loop, item after item; all of it comes back as one part."""
         commons = args[: len(self.plan.slots)]
-        started = time.perf_counter()
         if self.batch:
             return await self._run_batch_async(port, header, snapshot, list(pieces), args, commons)
-        if len(pieces) != 1:
-            raise ValueError("the async lane takes one piece per call")
-        piece = pieces[0]
+        whole: Reply | None = None
+        for piece in pieces:
+            reply = await self._run_piece_async(port, header, snapshot, piece, args, commons)
+            whole = reply if whole is None else _merged(whole, reply)
+        return whole if whole is not None else Reply(None, Done(()), has_value=False)
+
+    async def _run_piece_async(
+        self,
+        port: WorkerPort,
+        header: Header,
+        snapshot: Any,
+        piece: Piece,
+        args: tuple[Any, ...],
+        commons: tuple[Any, ...],
+    ) -> Reply:
+        started = time.perf_counter()
         columns = [piece.column(number, args) for number in range(len(piece.columns))]
         indices = piece.indices()
         part = _Part(self, piece, 0)
@@ -359,7 +371,9 @@ class ItemProgram(Program):
             try:
                 result, ctx = await self._call_async(port, header, snapshot, commons, [c[place] for c in columns], path)
                 part.take(result, index, path, ctx)
-            except Exception as error:
+            except StageCancelledError as error:
+                part.cancel(index, path, error, header.attempt)
+            except (Exception, SystemExit) as error:
                 part.fail(index, path, error, header.attempt)
         return part.reply(indices, len(indices), time.perf_counter() - started, 0.0)
 
@@ -503,9 +517,7 @@ class _Part:
                 )
                 self.take(result, index, path, ctx)
             except StageCancelledError as error:
-                self._split(index)
-                info = capture(error, attempt=header.attempt, item=path, keep_pickle=False)
-                self.failures.append(ItemFailure(index, StageStatus.CANCEL.value, info, path))
+                self.cancel(index, path, error, header.attempt)
             except BaseException as error:  # SystemExit in a stage is that item's failure, not the worker's end
                 self.fail(index, path, error, header.attempt)
             position += 1
@@ -558,6 +570,12 @@ class _Part:
         self._split(index)
         info = capture(error, attempt=attempt, item=path)
         self.failures.append(ItemFailure(index, StageStatus.FAIL.value, info, path))
+
+    def cancel(self, index: int, path: tuple[int, ...], error: BaseException, attempt: int) -> None:
+        """The item asks for the end of the run."""
+        self._split(index)
+        info = capture(error, attempt=attempt, item=path, keep_pickle=False)
+        self.failures.append(ItemFailure(index, StageStatus.CANCEL.value, info, path))
 
     def _split(self, index: int) -> None:
         """From now on survivors are listed one by one; `index` is the first that did not survive."""
