@@ -1,4 +1,6 @@
-"""P1: 100 MB in and out; P2: the same to 8 calls; P3: a chain of three; beside the standard's pool, and copies of 100 MB."""
+"""P1: 100 MB in and out; P2: the same to 8 calls; P3: a chain of three; beside the standard's pool, and copies of
+100 MB.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from typing import Any
 
 import numpy
 import uvloop
-from benchmarks.executors.pairs import interleave, show
 
+from benchmarks.executors.pairs import interleave, show
 from stageflow.core.executor import Call, Outcome, Shipped
 from stageflow_executors.processes.pool import ProcessExecutor
 

@@ -1,4 +1,5 @@
-"""L1: a no-op's round trip; P5: a 1 KB array in and out. Beside concurrent.futures.ProcessPoolExecutor in the same run."""
+"""L1: a no-op's round trip; P5: a 1 KB array in and out. Beside concurrent.futures.ProcessPoolExecutor in the same run.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy
 import uvloop
-from benchmarks.executors.pairs import interleave, show
 
+from benchmarks.executors.pairs import interleave, show
 from stageflow_executors.processes.pool import ProcessExecutor
 
 CALLS = 500

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 import uvloop
-from benchmarks.executors.pairs import interleave, show
 
+from benchmarks.executors.pairs import interleave, show
 from stageflow_executors.processes.pool import ProcessExecutor
 
 

@@ -31,8 +31,8 @@ if __name__ == "__main__":
         assert pool.submit(operator.abs, -3).result() == 3
         {more}
 """
-OUR_PID = "print(*[w.pid for w in supply.workers.values()], flush=True); await asyncio.sleep(30)"
-PEER_PID = "import time; print(*pool._processes, flush=True); time.sleep(30)"
+OUR_PID = "print(*[w.pid for w in supply.workers.values()], flush=True); import sys; sys.stdin.read()"
+PEER_PID = "import sys; print(*pool._processes, flush=True); sys.stdin.read()"
 
 
 def run(text: str) -> float:
@@ -44,7 +44,9 @@ def run(text: str) -> float:
 
 def proportional(text: str, more: str) -> float:
     """Mean proportional set size of the workers, in MB."""
-    process = subprocess.Popen([sys.executable, "-c", text.format(more=more)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", text.format(more=more)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
     assert process.stdout is not None
     try:
         pids = process.stdout.readline().split()
@@ -55,7 +57,8 @@ def proportional(text: str, more: str) -> float:
                     sizes.append(int(line.split()[1]) / 1024)
         return sum(sizes) / len(sizes)
     finally:
-        process.kill()
+        # Not a kill: the standard's fork server and its workers would stay behind for ever.
+        process.stdin.close()
         process.wait()
         process.stdout.close()
 

@@ -1,4 +1,5 @@
-"""T1: 20,000 no-ops with a future each; T3: tasks of 1 ms and mixed tasks. Beside the standard's pool in the same run."""
+"""T1: 20,000 no-ops with a future each; T3: tasks of 1 ms and mixed tasks. Beside the standard's pool in the same run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor as Standard
 from typing import Any
 
 from benchmarks.executors.pairs import interleave, show
-
 from stageflow_executors.futures import ProcessPoolExecutor
 
 NO_OPS = 20_000

@@ -128,7 +128,8 @@ async def main():
     async with ProcessExecutor(2) as executor:
         docs = [Doc("a", Part("p")), Doc("b")]
         back, loud, text, equal = await executor.submit(use, docs)
-        print(back == [d.again() for d in docs], type(back[0]) is Doc, loud, text == msgspec.json.encode(docs[0]), equal)
+        same = back == [d.again() for d in docs]
+        print(same, type(back[0]) is Doc, loud, text == msgspec.json.encode(docs[0]), equal)
         print(await executor.submit(lambda: Part("q")) == Part("q"), await executor.submit(list, docs) == docs)
 asyncio.run(main())
 """

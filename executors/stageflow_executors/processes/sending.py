@@ -158,7 +158,8 @@ class Sending(LaneState):
             self._loop.remove_writer(lent.handle.channel.fileno())
 
     def _take_back(self, lent: Lent) -> None:
-        """Read the frames the worker has not read; put their calls in front of the queue, and keep what else they held."""
+        """Read the frames the worker has not read; put their calls in front of the queue, and keep what else they held.
+        """
         peer = lent.handle.peer
         if peer is None:
             return

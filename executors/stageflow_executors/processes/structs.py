@@ -5,6 +5,7 @@ Loaded in workers when such a class arrives. May import the standard library and
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final
 
 import msgspec
@@ -42,8 +43,9 @@ def make(
         for field, value in list(namespace.items()):
             if isinstance(value, _Factory):
                 namespace[field] = msgspec.field(default_factory=value.make)
-        known = type(msgspec.Struct)(name, bases, namespace, rename=renamed or None, **config)
-        _made[key] = known
+        meta: Any = type(msgspec.Struct)
+        known = _made[key] = meta(name, bases, namespace, rename=renamed or None, **config)
+    assert known is not None
     return known
 
 
@@ -71,7 +73,7 @@ def reduce(cls: Any) -> Any:
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        "__annotations__": dict(cls.__dict__.get("__annotations__", {})),
+        "__annotations__": dict(inspect.get_annotations(cls)),
         "__doc__": cls.__doc__,
     }
     methods: dict[str, Any] = {}
