@@ -156,6 +156,7 @@ class InlineExecutor(LocalLane):
         super().__init__("inline", 1)
         self._queue: deque[LocalPort] = deque()
         self._worker: asyncio.Task[None] | None = None
+        self._nested: set[asyncio.Task[None]] = set()  # go on while a call waits for calls behind it
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def open(self) -> None:
@@ -214,7 +215,15 @@ class InlineExecutor(LocalLane):
                 outcome = port.failed(error, time.monotonic() - started)
             self._end(port, outcome)
             await asyncio.sleep(0)
-        self._worker = None
+        if asyncio.current_task() is self._worker:
+            self._worker = None
+
+    def waits(self, call_id: int, waiting: bool) -> None:
+        """A running call waits for calls behind it (or has stopped waiting): they run meanwhile."""
+        if waiting and self._loop is not None:
+            self._worker = self._loop.create_task(self._work())
+            self._nested.add(self._worker)
+            self._worker.add_done_callback(self._nested.discard)
 
     def _end(self, port: LocalPort, outcome: Any) -> None:
         self._ports.pop(port.call.id, None)

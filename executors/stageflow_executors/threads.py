@@ -58,6 +58,7 @@ class ThreadExecutor(LocalLane):
         self._woken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle_timeout = idle_timeout
+        self._spare = 0  # calls that wait for others of this lane: each has a thread on top
         self.abandoned: list[tuple[int, str]] = []
 
     async def open(self) -> None:
@@ -84,7 +85,7 @@ class ThreadExecutor(LocalLane):
                 thread.work = work
                 thread.wake.release()
                 return
-            if len(self._threads) >= self._slots:
+            if len(self._threads) >= self._slots + self._spare:
                 self._queue.append(work)
                 return
             thread = _Thread()
@@ -234,6 +235,18 @@ class ThreadExecutor(LocalLane):
             self._threads.add(thread)
         thread.thread = threading.Thread(target=self._serve, args=(thread,), name="stageflow-thread", daemon=True)
         thread.thread.start()
+
+    def waits(self, call_id: int, waiting: bool) -> None:
+        """A running call waits for other calls (or has stopped waiting): another thread may take its place, or calls
+        that wait for each other could hold every thread."""
+        if not waiting:
+            self._spare -= 1
+            return
+        self._spare += 1
+        with self._lock:
+            follow = self._queue.popleft() if self._queue else None
+        if follow is not None:
+            self._restart(follow)
 
     async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised."""

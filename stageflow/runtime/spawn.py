@@ -1,21 +1,55 @@
 """Child runs: a graph as a stage of another, or started from inside a stage. A child is cancelled with its parent,
-not the reverse."""
+not the reverse.
+
+A child sees its parent's snapshot, with inputs of its own and a run id of its own. Its parent's sinks hear of it:
+`pipeline.spawned_child`, then `pipeline.child_completed` or `pipeline.child_failed`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
+from stageflow.context.identity import new_run_id
+from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError
 from stageflow.pipeline.graph import StageGraph
 from stageflow.runtime.result import RunResult
+from stageflow.scheduler import signals as sig
 
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
     from stageflow.runtime.job import Job
 
+#: runs below the one the user started; a graph that contains itself would never end
 MAX_DEPTH: Final = 5
+
+
+def child_snapshot(snapshot: ContextSnapshot, inputs: Mapping[str, Any] | None) -> ContextSnapshot:
+    """The snapshot of a child run: the parent's, with other inputs and a fresh run id."""
+    identity = msgspec.structs.replace(snapshot.run_id, pipeline_run_id=new_run_id())
+    return msgspec.structs.replace(snapshot, run_id=identity, inputs=dict(inputs or {}))
+
+
+def _check_depth(stage: str, depth: int) -> None:
+    """`depth` is the parent's."""
+    if depth >= MAX_DEPTH:
+        raise DefinitionError(
+            f"stage {stage!r} would start a child run at depth {depth + 1}; the limit is {MAX_DEPTH}",
+            hint="a graph that contains itself never ends; flatten the nesting",
+            depth=depth + 1,
+        )
+
+
+def _ended(child_run_id: str, result: RunResult) -> tuple[str, dict[str, Any]]:
+    """The event that tells the parent's sinks how the child ended."""
+    if result.success:
+        return "pipeline.child_completed", {"child_run_id": child_run_id, "duration_ms": result.duration_ms}
+    return "pipeline.child_failed", {"child_run_id": child_run_id, "error": result.error or result.cancel_reason}
 
 
 async def run_child(
@@ -30,14 +64,14 @@ async def run_child(
     """Run `graph` as a child of `parent` on the same loop."""
     from stageflow.runtime.engine import RunOptions
 
-    if parent.depth + 1 >= MAX_DEPTH:
-        raise DefinitionError(
-            f"stage {stage!r} would start a child run at depth {parent.depth + 1}; the limit is {MAX_DEPTH}",
-            hint="a graph that contains itself never ends; flatten the nesting",
-        )
+    _check_depth(stage, parent.depth)
     engine = driver.engine
     state, job = await engine.begin(
-        graph, inputs, options=RunOptions.make(options), parent=parent, depth=parent.depth + 1
+        graph,
+        snapshot=child_snapshot(parent.snapshot, inputs),
+        options=RunOptions.make(options),
+        parent=parent,
+        depth=parent.depth + 1,
     )
     parent.children.add(job.id)
     driver._event(
@@ -53,57 +87,105 @@ async def run_child(
         raise
     finally:
         await engine.end(state, job)
-    if result.success:
-        data = {"child_run_id": job.run_id, "duration_ms": result.duration_ms}
-        driver._event("pipeline.child_completed", parent, stage, None, None, None, data)
-    else:
-        data = {"child_run_id": job.run_id, "error": result.error or result.cancel_reason}
-        driver._event("pipeline.child_failed", parent, stage, None, None, None, data)
+    type, data = _ended(job.run_id, result)
+    driver._event(type, parent, stage, None, None, None, data)
     return result
 
 
 async def spawn(ctx: Any, graph: StageGraph, inputs: Mapping[str, Any] | None, options: Mapping[str, Any]) -> RunResult:
     """`ctx.spawn` of an attempt on the engine's loop; elsewhere the child runs on an engine of that process."""
-    from stageflow.scheduler import signals as sig
-
     found = _attempt(ctx)
     if found is None:
         return await asyncio.get_running_loop().run_in_executor(None, lambda: spawn_sync(ctx, graph, inputs, options))
     driver, job, task = found
+    loop = asyncio.get_running_loop()
+    if loop is driver.loop:
+        return await _waiting(driver, job, task, ctx, graph, inputs, options)
+    # a coroutine stage on a loop of a lane's thread: the child runs on the engine's
+    return await asyncio.wrap_future(
+        asyncio.run_coroutine_threadsafe(_waiting(driver, job, task, ctx, graph, inputs, options), driver.loop)
+    )
+
+
+async def _waiting(
+    driver: Driver,
+    job: Job,
+    task: int,
+    ctx: Any,
+    graph: StageGraph,
+    inputs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> RunResult:
+    """Run the child; the slot of the attempt is free meanwhile, and its thread has a stand-in."""
+    running = driver.running.get(task)
+    waits = getattr(running.executor, "waits", None) if running is not None else None
     driver.signal(sig.ChildrenWait(task, True))
+    if waits is not None:
+        waits(task, True)
     try:
         return await run_child(driver, job, graph, inputs or {}, options, stage=ctx.stage_name)
     finally:
+        if waits is not None:
+            waits(task, False)
         driver.signal(sig.ChildrenWait(task, False))
 
 
 def spawn_sync(ctx: Any, graph: StageGraph, inputs: Mapping[str, Any] | None, options: Mapping[str, Any]) -> RunResult:
     """`ctx.spawn_sync`: on the parent's loop from its threads, else on an engine of the worker's own (without a
-    process lane)."""
-    from stageflow.runtime.engine import default_engine
-    from stageflow.scheduler import signals as sig
+    process lane).
 
+    Raises:
+        DefinitionError: called on the engine's loop itself, which it would stop; or the depth limit.
+    """
     found = _attempt(ctx)
-    if found is not None:
-        driver, job, task = found
-
-        async def on_loop() -> RunResult:
-            driver.signal(sig.ChildrenWait(task, True))
-            try:
-                return await run_child(driver, job, graph, inputs or {}, options, stage=ctx.stage_name)
-            finally:
-                driver.signal(sig.ChildrenWait(task, False))
-
-        return asyncio.run_coroutine_threadsafe(on_loop(), driver.loop).result()
-    if ctx.depth + 1 >= MAX_DEPTH:
+    if found is None:
+        return _elsewhere(ctx, graph, inputs, options, None)
+    driver, job, task = found
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is driver.loop and ctx.lane == "inline":
+        return _beside(lambda: _elsewhere(ctx, graph, inputs, options, driver.engine))
+    if running is driver.loop:
         raise DefinitionError(
-            f"stage {ctx.stage_name!r} would start a child run at depth {ctx.depth + 1}", depth=ctx.depth
+            f"stage {ctx.stage_name!r} runs on the engine's loop, which spawn_sync would stop",
+            hint='write the stage as a coroutine with `await ctx.spawn(...)`, or declare it executor="thread"',
         )
-    from stageflow.context.cancellation import CancellationToken
+    waiting = _waiting(driver, job, task, ctx, graph, inputs, options)
+    return asyncio.run_coroutine_threadsafe(waiting, driver.loop).result()
 
-    token = CancellationToken()
-    ctx.token.on_cancel(lambda: token.cancel(ctx.token.reason or "the parent stage was cancelled"))
-    return default_engine().run(graph, inputs, token=token, **options)
+
+def _beside(run: Callable[[], RunResult]) -> RunResult:
+    """Run in a thread with a loop of its own while this one waits: the inline lane blocks its loop in any case."""
+    with ThreadPoolExecutor(1, thread_name_prefix="stageflow-child") as thread:
+        return thread.submit(run).result()
+
+
+def _elsewhere(
+    ctx: Any, graph: StageGraph, inputs: Mapping[str, Any] | None, options: Mapping[str, Any], engine: Any
+) -> RunResult:
+    """A child run on another loop than its parent's: in a worker (`engine` None: its default one), or beside an
+    inline stage. Events and cancellation cross as the attempt's own."""
+    from stageflow.runtime.engine import RunOptions, default_engine
+
+    _check_depth(ctx.stage_name, ctx.depth)
+    snapshot = child_snapshot(ctx.snapshot, inputs)
+    child_run_id = str(snapshot.run_id.pipeline_run_id)
+    token = ctx.token.child()
+    own = options.get("token")
+    unlink = own.on_cancel(token.cancel) if own is not None else None
+    ctx.emit("pipeline.spawned_child", {"child_run_id": child_run_id, "depth": ctx.depth + 1})
+    try:
+        chosen = RunOptions.make({**options, "token": token})
+        runs = engine if engine is not None else default_engine()
+        result: RunResult = runs.run_child(graph, snapshot, chosen, parent_run_id=ctx.run_id, depth=ctx.depth + 1)
+    finally:
+        token.close()
+        if unlink is not None:
+            unlink()
+    ctx.emit(*_ended(child_run_id, result))
+    return result
 
 
 def _attempt(ctx: Any) -> tuple[Driver, Job, int] | None:
