@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import click
+import msgspec
 
+from stageflow.events.event import Event
 from stageflow.events.sinks import EventSink
 from stageflow.pipeline.graph import StageGraph
 from stageflow.report.failed import FailedInput
@@ -78,9 +80,15 @@ class Views:
             self.sinks.append(self._open.enter_context(closing(TraceSink(wanted["trace"]))))
         if wanted["save_failed"]:
             from stageflow.report.failed import FailedItemSink
+            from stageflow.runtime.failing import attempt_values
 
             _check_writable("--save-failed", str(Path(wanted["save_failed"], ".writable")))
-            self.sinks.append(FailedItemSink(wanted["save_failed"], fetch=lambda event: given))
+
+            def fetch(event: Event) -> FailedInput | None:
+                values = attempt_values(event)
+                return None if values is None else msgspec.structs.replace(given, values=values)
+
+            self.sinks.append(FailedItemSink(wanted["save_failed"], fetch=fetch))
         if wanted["metrics_port"] is not None:
             self._serve_metrics(wanted["metrics_port"])
         if wanted["ui"]:

@@ -32,9 +32,11 @@ from stageflow.events.fanout import FanOut
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
 from stageflow.runtime.clock import DriverClock
+from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import KEPT_FAILURES, Job
 from stageflow.runtime.result import Abandoned, FailureRecord
+from stageflow.runtime.sampling import Sampler
 from stageflow.runtime.sequence import Values
 from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource, sized
 from stageflow.runtime.strategies import Verdict, judge
@@ -92,6 +94,8 @@ class Driver:
         self.recorder: list[tuple[float, list[Any]]] | None = None  # a turn's time and signals, for `audit.replay`
         self.policies = policies  # interceptors and idempotency: `stageflow.runtime.around`
         self.engine = engine
+        self.failing = FailingBlocks()
+        self.sampler = Sampler(self)
         live_drivers.add(self)
         self._signals: list[Any] = []
         self._scheduled = False
@@ -174,6 +178,8 @@ class Driver:
             self._broken(error)
         finally:
             self._turning = False
+        if self.failing and not self._signals:
+            self.failing.clear()
         if self._signals and not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self.turn)
@@ -207,6 +213,8 @@ class Driver:
         job.started_ns = self.clock.time_ns()
         job.stats.begins(job.started, job.started_ns)
         job.listening = listening = self.events.listening or job.sinks is not None
+        if listening:
+            self.sampler.begin()
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
@@ -268,6 +276,8 @@ class Driver:
 
     def _finish_run(self, action: act.FinishRun) -> None:
         job = self.jobs.pop(action.run)
+        if not self.jobs:
+            self.sampler.end()
         now = self.clock.monotonic()
         for stage, pump in list(job.pumps.items()):
             # it had the whole grace to close
@@ -877,6 +887,8 @@ class Driver:
             if outcome.value is not None and _survivors(meta):
                 part.handle, part.nbytes = self._hold(job, action.lane, outcome)
             if meta.failures:
+                if job.listening:
+                    self.failing.note(job, action)
                 part.retries = tuple(self._item_verdict(running, failure) for failure in meta.failures)
         elif outcome.kind != OutcomeKind.OK:
             self._block_failed(running, part, outcome)
@@ -900,6 +912,8 @@ class Driver:
 
     def _block_failed(self, running: Running, part: sig.BlockPart, outcome: Outcome) -> None:
         action = running.action
+        if running.job.listening:
+            self.failing.note(running.job, action)
         info = outcome.error
         if info is not None:
             info = _located(info, action.lane, outcome.worker_pid, action.attempt)
@@ -1277,6 +1291,7 @@ class Driver:
         data: dict[str, Any] = {
             "pipeline": graph.name,
             "workers": self.machine.lanes["process"].slots,
+            "memory_limit": self.machine.memory or None,
             "monotonic": self.clock.monotonic(),
         }
         if job.trace:
@@ -1288,6 +1303,7 @@ class Driver:
             data["shapes"] = {spec.name: _SHAPES[spec.role] for spec in specs}
             data["edges"] = [[specs[dep].name, spec.name] for i, spec in enumerate(specs) for dep in graph.deps[i]]
         data.update(job.identity.ids())
+        data.update(job.about)
         data.pop("pipeline_run_id", None)
         return data
 
@@ -1364,9 +1380,13 @@ class Driver:
         job.cleanups.append(self.loop.run_in_executor(None, run_all))
 
     def _worker_event(self, type: str, data: dict[str, Any]) -> None:
+        """Workers serve every run: each run's own sinks are told too, of the same event."""
         self._event(type, None, None, None, None, "process", dict(data))
         for job in self.jobs.values():
-            job.stats.add(Event(type, self.clock.time_ns(), self._seq, job.run_id, lane="process", data=dict(data)))
+            event = Event(type, self.clock.time_ns(), self._seq, job.run_id, lane="process", data=dict(data))
+            job.stats.add(event)
+            if job.sinks is not None:
+                job.sinks.emit(event)
 
 
 class SourcePort:

@@ -70,6 +70,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     event_sinks: tuple[Any, ...] = ()
     metadata: dict[str, Any] = {}
     seed: int | None = None
+    about: dict[str, str] = {}  #: service, topology and execution mode of the context it was started with
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> RunOptions:
@@ -334,6 +335,7 @@ class Engine:
                     seed=seed,
                 )
                 job.token = options.token
+                job.about = options.about
                 if parent_run_id is not None:
                     job.parent_run_id = parent_run_id
                 return job
@@ -695,4 +697,6 @@ def _from_context(
     token = getattr(ctx, "token", None)
     if options.token is None and isinstance(token, CancellationToken):
         options = msgspec.structs.replace(options, token=token)
-    return made, options
+    said = {name: getattr(ctx, name, None) for name in ("service", "topology", "execution_mode")}
+    about = {name: str(value) for name, value in said.items() if value}
+    return made, msgspec.structs.replace(options, about=about)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from stageflow.context.attempt import Header
@@ -30,6 +30,7 @@ class Job:
     __slots__ = (
         "_dice",
         "abandoned",
+        "about",
         "book",
         "broken",
         "children",
@@ -84,6 +85,7 @@ class Job:
         self.graph = graph
         self.snapshot = snapshot
         self.identity: RunIdentity = snapshot.run_id
+        self.about: Mapping[str, str] = {}  # what else its caller said of it: service, topology, execution mode
         self.run_id = run_id
         self.book = Book(graph)
         self.header = Header(run_id) if depth == 0 else None  # of every attempt of which nothing is special
