@@ -35,7 +35,7 @@ _PREFIX: Final = struct.Struct("=IH")  # length, number of descriptors
 # parent -> worker
 TASK, SHIP, MAIN, SEGMENTS, FREE, FORGET, BYE, BIG = range(8)
 # worker -> parent
-READY, DONE, PART, FAILED, NOTE, RELEASED = range(16, 22)
+READY, DONE, PART, FAILED, NOTE, RELEASED, RETURNED = range(16, 23)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode

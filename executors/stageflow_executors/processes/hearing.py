@@ -90,6 +90,8 @@ class Hearing(Lending):
                 self._part(lent, message)
             elif operation == ch.FAILED:
                 self._failed(lent, message)
+            elif operation == ch.RETURNED:
+                self._returned(lent, message)
             elif operation == ch.SEGMENTS:
                 for sid, size in message[1]:
                     self.supply.books.add_segment(sid, size, fds.pop(0))
@@ -99,6 +101,21 @@ class Hearing(Lending):
                 self.supply.books.forget(message[1])
             elif operation == ch.BYE:
                 handle.said_bye = handle.retiring = True
+
+    def _returned(self, lent: Lent, message: list[Any]) -> None:
+        """The worker read a frame of which we had taken back the one before: send it again with what it lacked."""
+        _, call_id, key, sids, ref = message
+        handle = lent.handle
+        handle.functions.discard(key)
+        handle.segments.difference_update(sids)
+        taken: list[Task] = []
+        if ref is None:
+            self._untake(lent, lent.tasks.get(call_id), taken)
+        else:
+            self._untake_message(lent, self._read_big(handle, ref), (ref[0], ref[1]), taken)
+        for task in taken:
+            self._queue.appendleft(task)
+        self._dispatch()
 
     def _came_up(self, lent: Lent) -> None:
         if lent.start_timer is not None:

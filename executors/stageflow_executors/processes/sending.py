@@ -14,6 +14,7 @@ from stageflow_executors.processes.handle import WorkerHandle
 from stageflow_executors.processes.payload import ProcessPayload, encode
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.state import LaneState, Lent, Task
+from stageflow_executors.shm import codec
 
 BATCH_NS: Final = 1_000_000  #: work per frame of short calls
 MAX_BATCH: Final = 64
@@ -202,18 +203,22 @@ class Sending(LaneState):
                 handle.main_version = -1
             elif operation == ch.BIG:
                 inner = self._read_big(handle, message[1])
-                key = (message[1][0], message[1][1])
-                if inner[0] == ch.TASK:
-                    self._untake(lent, lent.tasks.get(inner[1]), taken)
-                else:
-                    self._released(handle, [list(key)])
-                    if inner[0] == ch.SHIP:
-                        handle.functions.discard(inner[1])
-                    else:
-                        handle.main_version = -1
+                self._untake_message(lent, inner, (message[1][0], message[1][1]), taken)
             else:
                 again.append(ch.encode_message(message))
         return again
+
+    def _untake_message(self, lent: Lent, inner: list[Any], key: codec.Key, taken: list[Task]) -> None:
+        """Undo what sending a long message did to the books."""
+        handle = lent.handle
+        if inner[0] == ch.TASK:
+            self._untake(lent, lent.tasks.get(inner[1]), taken)
+            return
+        self._released(handle, [list(key)])
+        if inner[0] == ch.SHIP:
+            handle.functions.discard(inner[1])
+        else:
+            handle.main_version = -1
 
     def _untake(self, lent: Lent, task: Task | None, taken: list[Task]) -> None:
         if task is None:

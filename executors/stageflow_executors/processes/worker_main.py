@@ -233,7 +233,9 @@ class Worker:
                     for sid, size in message[1]:
                         self.mappings[sid] = Mapping(sid, size, fds.pop(0))
                 elif operation == ch.BIG:
-                    messages.appendleft(self._big(message[1]))
+                    inner = self._big(message[1])
+                    if inner is not None:
+                        messages.appendleft(inner)
                 elif operation == ch.BYE:
                     self.post([ch.BYE])
                     return
@@ -242,7 +244,22 @@ class Worker:
             if self.out:
                 self.flush()
 
-    def _big(self, ref: codec.Ref) -> list[Any]:
+    def _lacks(self, call_id: int, key: int, encoded: list[Any]) -> bool:
+        """Give a call back unread whose function or memory has not arrived.
+
+        The parent took back the frame that carried it while this worker was reading the next one: two readers share
+        one queue of frames, so no order between their frames can be relied on.
+        """
+        missing = [sid for value in encoded for sid, _ in codec.blocks_of(value) if sid not in self.mappings]
+        if key in self.functions and not missing:
+            return False
+        self.post([ch.RETURNED, call_id, key if key not in self.functions else 0, missing, None])
+        return True
+
+    def _big(self, ref: codec.Ref) -> list[Any] | None:
+        if ref[0] not in self.mappings:
+            self.post([ch.RETURNED, 0, 0, [ref[0]], ref])
+            return None
         reader = ValueReader(self.mappings, self.released.append)
         message = ch.decode_message(reader.peek(ref))
         reader.finish([(ref[0], ref[1])])
@@ -296,6 +313,8 @@ class Worker:
 
     def _run_call(self, message: list[Any], *, last: bool) -> None:
         _, call_id, key, flags, encoded = message
+        if self._lacks(call_id, key, encoded):
+            return
         page = self.page
         words = page.words
         words[status.PHASE] = status.DECODE
