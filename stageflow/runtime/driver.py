@@ -67,6 +67,7 @@ class Running(msgspec.Struct, eq=False):
     since: float
     claim: Any = None
     timeout: float | None = None  # the limit that was used up
+    children: set[int] | None = None  # runs it has started
 
 
 class Driver:
@@ -259,6 +260,11 @@ class Driver:
                 found = self.jobs.get(child)
                 if found is not None:
                     self.cancel(found, reason, force=force)
+
+    def stop_stage(self, job: Job, stage: int, reason: str) -> None:
+        """Stop one stage of a run; its failure mode says what becomes of the run."""
+        if job.id in self.jobs:
+            self.signal(sig.StopStage(job.id, stage, reason))
 
     def cancel_threadsafe(self, job: Job, reason: str) -> None:
         """`cancel` from any thread."""
@@ -985,7 +991,7 @@ class Driver:
                 if value is not ABSENT
             }
             self.signal(sig.ChildrenWait(action.task, True))
-            result = await run_child(self, job, spec.runner, inputs, {}, stage=spec.name)
+            result = await run_child(self, job, spec.runner, inputs, {}, stage=spec.name, task=action.task)
             if result.success:
                 outcome.value = {name: output.data for name, output in result.outputs.items()}
             elif result.cancelled:
@@ -1012,7 +1018,7 @@ class Driver:
         running.executor.cancel(action.task, reason=action.reason, force=action.force)
         if running.claim is not None and hasattr(running.claim, "cancel"):
             running.claim.cancel()
-        for child in list(running.job.children):
+        for child in list(running.children or ()):
             found = self.jobs.get(child)
             if found is not None:
                 self.cancel(found, action.reason, force=action.force)

@@ -60,8 +60,9 @@ async def run_child(
     options: Mapping[str, Any],
     *,
     stage: str,
+    task: int,
 ) -> RunResult:
-    """Run `graph` as a child of `parent` on the same loop."""
+    """Run `graph` as a child of `parent`, started by its attempt `task`, on the same loop."""
     from stageflow.runtime.engine import RunOptions
 
     _check_depth(stage, parent.depth)
@@ -74,10 +75,13 @@ async def run_child(
         depth=parent.depth + 1,
     )
     parent.children.add(job.id)
+    running = driver.running.get(task)
+    if running is not None:
+        running.children = {*(running.children or ()), job.id}
     driver._event(
         "pipeline.spawned_child", parent, stage, None, None, None, {"child_run_id": job.run_id, "depth": job.depth}
     )
-    if parent.id not in driver.jobs:
+    if parent.id not in driver.jobs or running is None:
         driver.cancel(job, "the parent run is over")
     try:
         result: RunResult = await asyncio.shield(job.finished)
@@ -123,7 +127,7 @@ async def _waiting(
     if waits is not None:
         waits(task, True)
     try:
-        return await run_child(driver, job, graph, inputs or {}, options, stage=ctx.stage_name)
+        return await run_child(driver, job, graph, inputs or {}, options, stage=ctx.stage_name, task=task)
     finally:
         if waits is not None:
             waits(task, False)

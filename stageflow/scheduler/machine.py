@@ -29,6 +29,7 @@ from stageflow.scheduler.guards import GuardRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
 from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
 from stageflow.scheduler.states import ALLOWED, ENDED, StageState
+from stageflow.scheduler.stops import StopRules
 from stageflow.scheduler.streams import Stream
 
 _S = StageState
@@ -36,7 +37,7 @@ AHEAD: Final = 2  # tasks per worker when they are short
 CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
-class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules):
+class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
     """The scheduler of one event loop: any number of runs, one set of lanes.
 
     `lanes` maps a lane's name to its slots; `tokens` names to how many there are; `memory` is the byte budget of live
@@ -91,6 +92,7 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules):
             sig.CapacityChanged: self._on_capacity,
             sig.PressureChanged: self._on_pressure,
             sig.CancelRequested: self._on_cancel,
+            sig.StopStage: self._on_stop_stage,
             sig.ChildrenWait: self._on_children,
         }
 

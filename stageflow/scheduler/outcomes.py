@@ -14,6 +14,7 @@ from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
 from stageflow.scheduler.states import StageState
+from stageflow.scheduler.stops import stopped_info
 
 if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
@@ -48,6 +49,10 @@ class OutcomeRules:
             self._ended.clear()  # nothing may start any more
         elif task.stopping == "timeout":
             self._timed_out(run, task, signal, now)
+        elif task.stopping is not None:
+            self._attempt_event(task, signal, "cancel")
+            error = stopped_info(run.layout.name(stage), task.stopping)
+            self._fail_stage(run, stage, error, now, attempt=task.attempt)
         elif status == "lost":
             self._attempt_event(task, signal, "lost")
             self._lost(run, task, signal, now)
@@ -182,6 +187,8 @@ class OutcomeRules:
 
             def again(due: sig.TimerDue, when: float) -> None:
                 run.retry_timers -= 1
+                if run.state[stage] != _S.BACKOFF:
+                    return  # stopped meanwhile
                 self._move(run, stage, _S.READY)
                 self._push_ready(run, stage, when)
 

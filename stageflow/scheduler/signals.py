@@ -144,6 +144,14 @@ class CancelRequested(Signal):
     force: bool = False
 
 
+class StopStage(Signal):
+    """Stop one stage of a run, whether it waits or runs."""
+
+    run: int
+    stage: int
+    reason: str = "cancelled"
+
+
 class ChildrenWait(Signal):
     """A running attempt waits for a child run (its slot is free meanwhile), or has stopped waiting."""
 
