@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Interrupt:
         self._stop = stop
         self._installed: list[signal.Signals] = []
         self._asked: signal.Signals | None = None
+        self._count = 0
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is not threading.main_thread():
@@ -43,6 +45,11 @@ class Interrupt:
     def _received(self, number: signal.Signals) -> None:
         force = self._asked is not None
         self._asked = self._asked or number
+        self._count += 1
+        if self._count > 2:
+            # whatever keeps the run from ending, a third signal ends the process as if nobody had caught it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self._stop(f"interrupted by {signal.Signals(number).name}", force)
 
     def __exit__(self, *exc: object) -> None:
