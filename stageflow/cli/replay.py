@@ -128,8 +128,29 @@ def _noting(function: Callable[..., Any], seen: list[BaseException]) -> Callable
                 raise
 
         return waited
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        return function
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def given(*args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from function(*args, **kwargs)
+            except Exception as error:
+                seen.append(error)
+                raise
+
+        return given
+    if inspect.isasyncgenfunction(function):
+
+        @functools.wraps(function)
+        async def given_later(*args: Any, **kwargs: Any) -> Any:
+            try:
+                async for item in function(*args, **kwargs):
+                    yield item
+            except Exception as error:
+                seen.append(error)
+                raise
+
+        return given_later
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
