@@ -49,6 +49,7 @@ MOST_ROUNDS: Final = 64  # turns of signals and actions before the loop gets its
 _OK: Final = OutcomeKind.OK
 #: values of which nothing needs to be looked at: they are no payload, output, mapping or route
 _SCALARS: Final = frozenset({bool, int, float, str, bytes, list, tuple})
+CROSSING_FROM: Final = 65536  # bytes of items from which their producer encodes them for readers in other processes
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
@@ -1098,19 +1099,20 @@ class Driver:
             except Exception as error:
                 self._source_ended(job, action.stage, error)
                 return
-        pump.pull(action.count)
+        pump.pull(action.count, action.nbytes)
 
     def _open_source(self, job: Job, stage: int) -> Any:
         spec = job.graph.specs[stage]
         run = job.id
 
-        def arrived(items: list[Any], seconds: float) -> None:
+        def arrived(given: Any, nbytes: int, seconds: float, enough: bool) -> None:
             if run not in self.jobs:
                 return
             self._next_handle = handle = self._next_handle + 1
-            nbytes = sized(items)
-            job.book.hold(handle, Values(items, None, nbytes))
-            self.signal(sig.ItemsArrived(run, stage, len(items), handle, nbytes, seconds))
+            count = len(given)
+            values = given if isinstance(given, Values) else Values(given, None, nbytes)
+            job.book.hold(handle, values)
+            self.signal(sig.ItemsArrived(run, stage, count, handle, nbytes, seconds, enough))
 
         def ended(error: BaseException | None) -> None:
             job.pumps.pop(stage, None)
@@ -1131,7 +1133,26 @@ class Driver:
             return TaskSource(begin, arrived, ended, self.loop)
         if lane == "inline":
             return InlineSource(begin, arrived, ended, self.loop)
-        return ThreadSource(begin, arrived, ended, self.loop, spec.name)
+        return ThreadSource(begin, arrived, ended, self.loop, spec.name, self._encoder(job, stage))
+
+    def _encoder(self, job: Job, stage: int) -> Any:
+        """Encodes lists of big items where another process reads them, on the thread that made them: then they exist
+        once, and are counted as what they are."""
+        layout = job.code.layout
+        executor = self.executors.get("process")
+        if executor is None or not any(layout.lanes[reader] == "process" for reader in layout.readers.get(stage, ())):
+            return None
+
+        def encode(items: list[Any], nbytes: int) -> Values:
+            if nbytes < CROSSING_FROM:
+                return Values(items, None, nbytes)
+            try:
+                payload = executor.encode(items)
+            except Exception:
+                return Values(items, None, nbytes)  # whoever reads them says what is wrong
+            return Values(None, payload, payload.nbytes, len(items))
+
+        return encode
 
     def _open_expander(self, job: Job, stage: int, arrived: Any, ended: Any) -> Any:
         """Lay out the elements of a value that a map goes over."""

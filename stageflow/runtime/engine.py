@@ -197,6 +197,8 @@ class Engine:
                     inline_threshold=config.inline_threshold,
                     idle_timeout=config.idle_timeout,
                     memory_limit=self.memory_bytes(),
+                    # an item larger than the budget passes alone: only the machine's memory stops it
+                    hard_limit=max(self.memory_bytes(), load("stageflow_executors.processes.machine:usable_memory")()),
                     worker_memory_limit=_size(limit),
                     max_tasks_per_child=config.max_tasks_per_child,
                 )

@@ -11,12 +11,17 @@ from typing import Any, overload
 class Values:
     """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
 
-    __slots__ = ("_payload", "_values", "nbytes")
+    __slots__ = ("_count", "_payload", "_values", "kept", "nbytes")
 
-    def __init__(self, values: list[Any] | None, payload: Any = None, nbytes: int = 0) -> None:
+    def __init__(self, values: list[Any] | None, payload: Any = None, nbytes: int = 0, count: int = -1) -> None:
         self._values = values
         self._payload = payload
+        self._count = count
         self.nbytes = nbytes
+        self.kept = False  # until the run ends: then what was decoded is not held beside the encoded form
+
+    def __len__(self) -> int:
+        return len(self.load()) if self._count < 0 else self._count
 
     @property
     def payload(self) -> Any:
@@ -28,10 +33,19 @@ class Values:
         return self._payload if crosses and self._payload is not None else self.load()
 
     def load(self) -> list[Any]:
-        """The items; decoded once while anybody holds this list."""
-        if self._values is None:
-            self._values = self._payload.load()
-        return self._values
+        """The items; decoded once while anybody holds this list (each time where it is kept)."""
+        values = self._values
+        if values is None:
+            values = self._payload.load()
+            if not self.kept:
+                self._values = values
+        return values
+
+    def keep(self) -> None:
+        """From now on hold one form only."""
+        self.kept = True
+        if self._payload is not None:
+            self._values = None
 
 
 class ItemSequence(Sequence[Any]):
@@ -49,6 +63,7 @@ class ItemSequence(Sequence[Any]):
     def add(self, lo: int, count: int, at: int, values: Values) -> None:
         """Items with indices from `lo` on: `count` of them from place `at` of a list."""
         if count:
+            values.keep()
             self._parts.append((lo, count, at, values))
             self._sorted = False
 

@@ -20,8 +20,14 @@ CHUNK_SECONDS: Final = 0.002  # items are handed on at least this often
 CHUNK_ITEMS: Final = 1024
 CHUNK_BYTES: Final = 4 << 20
 
-#: (items, seconds spent in the source)
-Arrived = Callable[[list[Any], float], None]
+CROSSING_BYTES: Final = 256 << 10  # the same for items that another process reads: each list is decoded as a whole
+LAID_ITEMS: Final = 1024  # elements of a sequence that are laid out at once while they weigh next to nothing
+LAID_BYTES: Final = 64 << 10
+
+#: (items, their bytes, seconds spent in the source, whether the bytes of the pull are spent)
+Arrived = Callable[[Any, int, float, bool], None]
+#: encodes a list of items for the process lane; None where that is of no use
+Encode = Callable[[list[Any], int], Any]
 #: (exception or None)
 Ended = Callable[[BaseException | None], None]
 
@@ -41,7 +47,26 @@ def sized(value: Any) -> int:
     if isinstance(value, dict):
         sample = list(islice(value.items(), 8))
         return 64 + (len(value) * sum(sized(k) + sized(v) + 16 for k, v in sample) // len(sample) if sample else 0)
+    kind = type(value)
+    if kind in _PLAIN:
+        return 32
+    fields = getattr(kind, "__struct_fields__", None)
+    if fields is not None:
+        return 48 + sum(sized(getattr(value, name, None)) for name in fields[:16])
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict) and not isinstance(value, type):
+        return 64 + sum(_flat(one) for one in islice(held.values(), 16))
     return 64
+
+
+def _flat(value: Any) -> int:
+    """`sized` one level deep: objects may refer to each other in circles."""
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        return 56 + 32 * len(value)
+    return sized(value) if not hasattr(value, "__dict__") else 64
+
+
+_PLAIN: Final = frozenset((int, float, bool, complex, type(None)))
 
 
 class SequenceSource:
@@ -54,13 +79,23 @@ class SequenceSource:
         self._ended = ended
         self._loop = loop
 
-    def pull(self, count: int) -> None:
-        """Give up to `count` more."""
-        items = list(self._values[self._position : self._position + count])
+    def pull(self, count: int, nbytes: int = 0) -> None:
+        """Give up to `count` more, or `nbytes` of them. What weighs next to nothing is laid out in longer lists."""
+        values, position = self._values, self._position
+        most = max(count, LAID_ITEMS)
+        items = list(values[position : position + most])
+        weight = sized(items)
+        if len(items) > count and weight > LAID_BYTES:
+            items = items[:count]
+            weight = sized(items)
+        enough = bool(nbytes) and weight > nbytes
+        if enough and len(items) > 1:
+            items = items[: max(1, len(items) * nbytes // weight)]
+            weight = sized(items)
         self._position += len(items)
         if items:
-            self._arrived(items, 0.0)
-        if len(items) < count or self._position >= len(self._values):
+            self._arrived(items, weight, 0.0, enough)
+        if not items or self._position >= len(values):
             self._ended(None)
 
     def stop(self, reason: str) -> None:
@@ -78,8 +113,11 @@ class ThreadSource:
         ended: Ended,
         loop: asyncio.AbstractEventLoop,
         name: str,
+        encode: Encode | None = None,
     ) -> None:
         self._begin = begin
+        self._encode = encode
+        self._room = 0
         self._arrived = arrived
         self._ended = ended
         self._loop = loop
@@ -93,10 +131,11 @@ class ThreadSource:
         )
         self._thread.start()
 
-    def pull(self, count: int) -> None:
-        """Add credit."""
+    def pull(self, count: int, nbytes: int = 0) -> None:
+        """Set the credit: items, and bytes (0 = any)."""
         with self._turn:
-            self._credit += count
+            self._credit = count
+            self._room = nbytes
             self._turn.notify()
 
     def stop(self, reason: str) -> None:
@@ -122,9 +161,9 @@ class ThreadSource:
             self._over = True
             self._ended(error)
 
-    def _give(self, items: list[Any], seconds: float) -> None:
+    def _give(self, items: Any, nbytes: int, seconds: float, enough: bool) -> None:
         if not self._over:
-            self._arrived(items, seconds)
+            self._arrived(items, nbytes, seconds, enough)
 
     def _drive(self) -> None:
         iterator: Any = None
@@ -143,7 +182,8 @@ class ThreadSource:
                 if close is not None:
                     close()
             except BaseException as raised:
-                error = error or raised
+                if error is None:
+                    error = raised
             finish_context(ctx)
         self._post(self._end, error)
 
@@ -154,11 +194,12 @@ class ThreadSource:
                 self._turn.wait()
             if self._stopped:
                 return False
-            credit = self._credit
+            credit, room = self._credit, self._room
         items: list[Any] = []
         started = time.perf_counter()
         more = True
         nbytes = 0
+        most = CROSSING_BYTES if self._encode is not None else CHUNK_BYTES
         error: BaseException | None = None
         while len(items) < min(credit, CHUNK_ITEMS):
             try:
@@ -171,12 +212,24 @@ class ThreadSource:
                 break
             items.append(item)
             nbytes += sized(item)
-            if nbytes > CHUNK_BYTES or time.perf_counter() - started > CHUNK_SECONDS:
+            item = None
+            if self._stopped or nbytes > most or (room and nbytes >= room):
                 break
+            if time.perf_counter() - started > CHUNK_SECONDS:
+                break
+        seconds = time.perf_counter() - started
+        enough = bool(room) and nbytes >= room
+        count = len(items)
+        given: Any = items
+        if self._encode is not None and count:
+            given = self._encode(items, nbytes)
+            items = []
         with self._turn:
-            self._credit -= len(items)
-        if items:
-            self._post(self._give, items, time.perf_counter() - started)
+            self._credit = 0 if enough else self._credit - count
+            if room:
+                self._room = max(1, room - nbytes)
+        if count:
+            self._post(self._give, given, nbytes, seconds, enough)
         if error is not None:
             raise error
         return more and not self._stopped
@@ -196,14 +249,16 @@ class TaskSource:
         self._arrived = arrived
         self._ended = ended
         self._credit = 0
+        self._room = 0
         self._over = False
         self._wake = asyncio.Event()
         self._task = loop.create_task(self._drive())
         self._task.add_done_callback(self._left)
 
-    def pull(self, count: int) -> None:
-        """Add credit."""
-        self._credit += count
+    def pull(self, count: int, nbytes: int = 0) -> None:
+        """Set the credit: items, and bytes (0 = any)."""
+        self._credit = count
+        self._room = nbytes
         self._wake.set()
 
     def stop(self, reason: str) -> None:
@@ -249,24 +304,34 @@ class TaskSource:
     async def _round(self, step: Any) -> bool:
         items: list[Any] = []
         started = time.perf_counter()
-        more = True
-        while len(items) < min(self._credit, CHUNK_ITEMS):
-            try:
-                items.append(await step.__anext__())
-            except StopAsyncIteration:
-                more = False
-                break
-            except BaseException:
-                if items:
-                    self._credit -= len(items)
-                    self._arrived(items, time.perf_counter() - started)
-                raise
-            if time.perf_counter() - started > CHUNK_SECONDS:
-                break
-        self._credit -= len(items)
-        if items:
-            self._arrived(items, time.perf_counter() - started)
-        return more
+        nbytes = 0
+        try:
+            while len(items) < min(self._credit, CHUNK_ITEMS):
+                item = await step.__anext__()
+                items.append(item)
+                nbytes += sized(item)
+                item = None
+                if time.perf_counter() - started > CHUNK_SECONDS or nbytes > CHUNK_BYTES:
+                    break
+                if self._room and nbytes >= self._room:
+                    break
+        except StopAsyncIteration:
+            self._hand_on(items, nbytes, started)
+            return False
+        except BaseException:  # what it gave before it failed is not lost
+            self._hand_on(items, nbytes, started)
+            raise
+        self._hand_on(items, nbytes, started)
+        return True
+
+    def _hand_on(self, items: list[Any], nbytes: int, started: float) -> None:
+        if not items:
+            return
+        enough = bool(self._room) and nbytes >= self._room
+        self._credit = 0 if enough else self._credit - len(items)
+        if self._room:
+            self._room = max(1, self._room - nbytes)
+        self._arrived(items, nbytes, time.perf_counter() - started, enough)
 
 
 class InlineSource:
@@ -286,11 +351,12 @@ class InlineSource:
         self._ended = ended
         self._over = False
 
-    def pull(self, count: int) -> None:
-        """Give up to `count` more, now."""
+    def pull(self, count: int, nbytes: int = 0) -> None:
+        """Give up to `count` more, now, or `nbytes` of them (0 = any)."""
         if self._over:
             return
         items: list[Any] = []
+        weight = 0
         started = time.perf_counter()
         error: BaseException | None = None
         more = True
@@ -298,12 +364,17 @@ class InlineSource:
             if self._iterator is None:
                 made, self._ctx = self._begin()
                 self._iterator = iter(made)
-            items.extend(islice(self._iterator, count))
-            more = len(items) == count
+            more = False
+            for item in islice(self._iterator, count):
+                items.append(item)
+                weight += sized(item)
+                if nbytes and weight >= nbytes:
+                    break
+            more = len(items) == count or bool(nbytes and weight >= nbytes)
         except Exception as raised:
             error, more = raised, False
         if items:
-            self._arrived(items, time.perf_counter() - started)
+            self._arrived(items, weight, time.perf_counter() - started, bool(nbytes and weight >= nbytes))
         if not more:
             self._close(error)
 

@@ -79,11 +79,13 @@ class CancelTimer(Action):
 
 
 class PullSource(Action):
-    """Let a source give up to `count` more items. The first pull starts it."""
+    """Let a source give up to `count` more items, and no more once they weigh `nbytes` (0 = whatever they weigh). The
+    first pull starts it."""
 
     run: int
     stage: int
     count: int
+    nbytes: int = 0
 
 
 class StopSource(Action):

@@ -31,6 +31,7 @@ class Task(msgspec.Struct, eq=False):
     stream: Stream | None = None
     segments: list[Segment] | None = None
     items: int = 0
+    expected: int = 0  # bytes it is expected to add while it runs
     job: str | None = None
     node: Any = None
     accumulators: tuple[int, ...] = ()

@@ -21,6 +21,7 @@ from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
+from stageflow.scheduler.backpressure import BLOCK_BYTES, View, pull_bytes, pull_count, strictest
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
 from stageflow.scheduler.outcomes import timeout_info
@@ -103,9 +104,16 @@ class FlowRules:
             if source.is_source and source.readers and not source.keeps and all(map(_gone, source.readers)):
                 self._stop_source(run, source, "nobody reads it any more", now)
                 continue
-            count = self._appetite(run, source)
-            if count > 0:
-                self._pull(run, source, count, now)
+            wanted = self._appetite(run, source)
+            if wanted <= 0:
+                continue
+            limit = self.memory
+            room = pull_bytes(limit, self.live_bytes, self.promised)
+            count, nbytes = pull_count(
+                wanted, source.avg_bytes if source.is_source else source.in_bytes, room, limit
+            )
+            if count > 0 and not (self.policies and self._refused(run, source, count, "pull")):
+                self._pull(run, source, count, now, nbytes)
 
     def _appetite(self: Machine, run: Run, source: Stream) -> int:
         """How many more items the readers of a source can use now."""
@@ -129,29 +137,18 @@ class FlowRules:
             wanted = min(wanted, source.window)
         if wanted <= 0:
             return 0
-        if self.memory and run.running:
-            room = self.memory - self.live_bytes - self._estimated()
-            if room <= 0:
-                return 0
-            if source.avg_bytes > 0:
-                wanted = min(wanted, int(room / source.avg_bytes))
         return wanted
 
-    def _estimated(self: Machine) -> float:
-        """Bytes that the running tasks are expected to add."""
-        total = 0.0
-        for task in self.tasks.values():
-            if task.stream is not None:
-                total += task.stream.avg_bytes * task.items
-        return total
-
-    def _pull(self: Machine, run: Run, source: Stream, count: int, now: float) -> None:
+    def _pull(self: Machine, run: Run, source: Stream, count: int, now: float, nbytes: int = 0) -> None:
         source.pull_open = True
+        each = source.avg_bytes if source.is_source else source.in_bytes
+        source.promised = min(nbytes, int(count * each)) if each > 0 else nbytes
+        self.promised += source.promised
         if source.started_at < 0:
             source.started_at = now
         source.granted = count
         run.pulling += 1
-        self._out.append(act.PullSource(run.id, source.stage, count))
+        self._out.append(act.PullSource(run.id, source.stage, count, nbytes))
 
     def _stop_source(self: Machine, run: Run, source: Stream, reason: str, now: float) -> None:
         """Nothing more is wanted of a source or of a value that is laid out; SourceEnded follows if it was begun."""
@@ -170,7 +167,7 @@ class FlowRules:
         """Nothing runs and nothing is blocked: a source that is still open must give its next item."""
         for source in run.sources:
             if source.flowing and not source.pull_open and not source.ended and not source.stopped:
-                self._pull(run, source, 1, now)
+                self._pull(run, source, 1, now, 1)
                 return True
         return False
 
@@ -183,16 +180,18 @@ class FlowRules:
         self._touch(run)
         if stream.pull_open:
             stream.granted -= count
-            if stream.granted <= 0:
-                stream.pull_open = False
-                run.pulling -= 1
+            brought = min(stream.promised, signal.nbytes)
+            stream.promised -= brought
+            self.promised -= brought
+            if stream.granted <= 0 or signal.enough:
+                self._pull_over(run, stream)
                 stream.window = min(MOST_PULLED, stream.window * 2)
         if run.ending is not None:
             self._out.append(act.Release(run.id, (signal.handle,)))
             return
         if count == 0:
             return
-        chunk = Chunk(signal.handle, 0, signal.nbytes)
+        chunk = Chunk(signal.handle, 0, signal.nbytes, count)
         self._account(run, signal.nbytes)
         if stream.is_source:
             lo = stream.out_next
@@ -211,9 +210,16 @@ class FlowRules:
         else:
             lo = stream.arrived
             chunk.left = count
-            stream.avg_bytes = stream.avg_bytes or signal.nbytes / count
+            stream.in_bytes = chunk.each
             self._accept(run, stream, Segment(lo, lo + count, -1, ((chunk, 0),), now), now)
         self._settle_ended(now)
+
+    def _pull_over(self: Machine, run: Run, source: Stream) -> None:
+        """What was asked for is there, or will not come."""
+        source.pull_open = False
+        run.pulling -= 1
+        self.promised -= source.promised
+        source.promised = 0
 
     def _on_source_ended(self: Machine, signal: sig.SourceEnded, now: float) -> None:
         run = self.runs.get(signal.run)
@@ -222,8 +228,7 @@ class FlowRules:
         stream = run.streams[signal.stage]
         self._touch(run)
         if stream.pull_open:
-            stream.pull_open = False
-            run.pulling -= 1
+            self._pull_over(run, stream)
         if stream.ended:
             return
         if run.ending is not None:
@@ -430,10 +435,29 @@ class FlowRules:
                 most += reader.fold.block * (slots + 2)
             if reader.ready_count >= most:
                 return False
-        if self.memory and stream.readers and stream.avg_bytes > 0:
-            if self.live_bytes + self._estimated() + stream.avg_bytes > self.memory:
-                return False
-        return self.pressure < 2 or not stream.readers
+        return not (self.memory or self.pressure >= 2 or self.policies) or not self._refused(run, stream, 1, "start")
+
+    def _refused(self: Machine, run: Run, stream: Stream, items: int, what: str) -> str | None:
+        """Why the stage (or the pull of a source) has to wait for bytes; None when it need not."""
+        layout = run.layout
+        if what == "pull":
+            need, waiting = int(stream.avg_bytes * items), max((r.ready_count for r in stream.readers), default=0)
+        else:
+            head = stream.ready[0][2] if stream.ready else None
+            each = head.nbytes() / max(1, head.count()) if head is not None else 0.0
+            need, waiting = self._need(run, stream, each, 1), stream.ready_count
+        view = View(what, layout.name(stream.stage), self.memory, self.live_bytes, self.promised, need, waiting,
+                    run.running, self.pressure, layout.depth[stream.stage] / layout.deepest)  # fmt: skip
+        if what == "pull":  # bytes were asked for already
+            return next((said for policy in self.policies if (said := policy(view)) is not None), None)
+        return strictest(self.policies, view)
+
+    def _need(self: Machine, run: Run, stream: Stream, bytes_in: float, items: int) -> int:
+        """Bytes that running some items adds: what a reader decodes, and the results; in another process both exist
+        there before they are handed over."""
+        crossing = run.layout.lanes[stream.stage] == "process"
+        kept = stream.avg_bytes if stream.readers or stream.keeps else 0.0
+        return int(bytes_in + (2.0 if crossing else 1.0) * kept * items)
 
     def _start_blocks(self: Machine, run: Run, stream: Stream, lane: Lane, now: float, *, forced: bool = False) -> None:
         if stream.fold is not None:
@@ -475,6 +499,7 @@ class FlowRules:
         chained = run.layout.roles[stream.stage] == Role.REDUCE
         size = CHAINED if chained else stream.block_size(lane.slots, MAX_BLOCK)
         segments: list[Segment] = []
+        heavy = 0.0
         while stream.ready and size > 0:
             head = stream.ready[0][2]
             plain = head.attempt == 1 and head.deaths == 0 and not head.apart
@@ -483,11 +508,17 @@ class FlowRules:
             segment = stream.pop()
             if not plain:
                 return [segment]
+            each = sum(chunk.each for chunk, _ in segment.columns)
+            if each > 0:
+                size = max(1, min(size, int((BLOCK_BYTES - heavy) / each)))
             part, rest = segment.split_at(size)
             if rest is not None:
                 stream.push(rest)
             segments.append(part)
             size -= part.count()
+            heavy += part.nbytes()
+            if heavy > BLOCK_BYTES:
+                break
             if not stream.can_block and not chained:
                 break
         return segments
@@ -502,6 +533,8 @@ class FlowRules:
         task.items = sum(segment.count() for segment in segments)
         task.since = segments[0].since if segments else now
         task.begun = now
+        task.expected = self._need(run, stream, sum(segment.nbytes() for segment in segments), task.items)
+        self.promised += task.expected
         stream.running += max(1, task.items)
         lane.used += 1
         run.running += 1

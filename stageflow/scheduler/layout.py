@@ -40,6 +40,7 @@ class Layout:
         "block",
         "branches",
         "collectors",
+        "deepest",
         "dependents",
         "depth",
         "elements",
@@ -76,6 +77,7 @@ class Layout:
         self.key = id(graph)
         self.lanes = lanes
         self.depth = graph.depth
+        self.deepest = max(1, max(graph.depth, default=0))
         self.dependents = graph.dependents
         self.roles = bytes(int(spec.role) for spec in specs)
         self.waits = array("i", [len(deps) for deps in graph.deps])

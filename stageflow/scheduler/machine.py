@@ -13,7 +13,7 @@ exactly once; a run is finished only when nothing of it is running.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from stageflow.core.errors import InvariantError
@@ -23,6 +23,7 @@ from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.admission import Admission
+from stageflow.scheduler.backpressure import Policy
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.flow import FlowRules
 from stageflow.scheduler.guards import GuardRules
@@ -54,6 +55,7 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         grace: float = 5.0,
         poison_limit: int = 3,
         ahead: Mapping[str, int] | None = None,
+        policies: Iterable[Policy] = (),
     ) -> None:
         self.lanes = {name: Lane(name, slots) for name, slots in lanes.items()}
         self._lane_list = tuple(self.lanes.values())
@@ -63,6 +65,8 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         self.memory = memory
         self.poison_limit = poison_limit
         self.live_bytes = 0
+        self.promised = 0  # bytes that running work and open pulls are expected to add
+        self.policies = tuple(policies)
         self.pressure = 0
         self.pressure_reason = ""
         self.admission = Admission(tokens or {})
@@ -224,6 +228,8 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         del self.runs[run.id]
         self.final_states[run.id] = bytes(run.state)
         for stream in run.streams.values():
+            self.promised -= stream.promised
+            stream.promised = 0
             self._release_stream(run, stream)
         self.live_bytes -= run.live_bytes
         run.live_bytes = 0
@@ -472,6 +478,7 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         del self.tasks[task.id]
         del run.tasks[task.id]
         run.running -= 1
+        self.promised -= task.expected
         lane = self.lanes[task.lane]
         if not task.spawning:
             lane.used -= 1

@@ -82,7 +82,8 @@ class BlockPart(Signal):
 
 
 class ItemsArrived(Signal):
-    """A source gave `count` more items (or the elements of a value were laid out for a map over it)."""
+    """A source gave `count` more items (or the elements of a value were laid out for a map over it). `enough`: the pull
+    is over, its bytes are spent."""
 
     run: int
     stage: int
@@ -90,6 +91,7 @@ class ItemsArrived(Signal):
     handle: int
     nbytes: int = 0
     seconds: float = 0.0
+    enough: bool = False
 
 
 class SourceEnded(Signal):

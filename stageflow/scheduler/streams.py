@@ -24,12 +24,13 @@ SMOOTHING: Final = 0.3
 class Chunk:
     """One encoded list of values. `left` counts reads still to come: items x readers (+1 while it is kept)."""
 
-    __slots__ = ("handle", "left", "nbytes")
+    __slots__ = ("each", "handle", "left", "nbytes")
 
-    def __init__(self, handle: int, left: int, nbytes: int) -> None:
+    def __init__(self, handle: int, left: int, nbytes: int, items: int = 1) -> None:
         self.handle = handle
         self.left = left
         self.nbytes = nbytes
+        self.each = nbytes / items if items > 0 else 0.0  # bytes of one item
 
 
 Column = tuple[Chunk, "int | tuple[int, ...]"]
@@ -102,6 +103,11 @@ class Segment:
                 mask &= mask - 1
             middle = self.lo + (mask & -mask).bit_length() - 1
         return self.cut(self.lo, middle), self.cut(middle, self.hi)
+
+    def nbytes(self) -> float:
+        """Bytes of its items, over all columns."""
+        count = self.count()
+        return sum(chunk.each for chunk, _ in self.columns) * count
 
     def wire(self) -> tuple[int, int, int, tuple[tuple[int, int | tuple[int, ...]], ...]]:
         """The segment as an action carries it."""
@@ -357,6 +363,7 @@ class Stream:
         "flowing",
         "fold",
         "granted",
+        "in_bytes",
         "in_total",
         "is_source",
         "jobs",
@@ -368,6 +375,7 @@ class Stream:
         "merge_attempts",
         "ok",
         "out_next",
+        "promised",
         "pull_open",
         "queued",
         "readers",
@@ -404,6 +412,7 @@ class Stream:
         self.is_source = False
         self.pull_open = False  # a pull is out
         self.granted = 0
+        self.promised = 0  # bytes that an open pull may still bring
         self.window = 16
         self.delayed: dict[int, Segment] = {}  # by the timer that ends the wait for their next attempt
         self.delayed_folds: dict[int, Any] = {}
@@ -412,7 +421,8 @@ class Stream:
         self.last_failure: ErrorInfo | None = None
         self.merge_attempts: dict[Any, int] = {}  # of merges that are to be run again
         self.avg_seconds = 0.0
-        self.avg_bytes = 0.0
+        self.avg_bytes = 0.0  # of one result
+        self.in_bytes = 0.0  # of one element that is laid out here
         self.measured = 0
         self.started_at = -1.0
         self.can_block = False

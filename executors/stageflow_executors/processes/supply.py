@@ -54,6 +54,7 @@ class WorkerSupply:
         idle_timeout: float | None = 60.0,
         inline_threshold: int = 65536,
         memory_limit: int | None = None,
+        hard_limit: int | None = None,
         worker_memory_limit: int | None = None,
         max_tasks_per_child: int | None = None,
         initializer: bytes | None = None,
@@ -77,6 +78,8 @@ class WorkerSupply:
         self.idle_timeout = idle_timeout
         self.inline_threshold = min(inline_threshold, ch.MAX_MESSAGE * 2 // 3)
         self.memory_limit = memory_limit if memory_limit is not None else int(usable_memory() * 0.6)
+        #: shared memory one process may have in all; None = `memory_limit`, above which nothing is kept warm
+        self.hard_limit = hard_limit
         self.worker_memory_limit = worker_memory_limit
         self.max_tasks_per_child = max_tasks_per_child
         self.initializer = initializer
@@ -85,7 +88,7 @@ class WorkerSupply:
         self.lock = threading.RLock()
         self.shipping = Shipping()
         self.books = Books()
-        self.arena = Arena(PARENT, budget=self._budget, on_segment=self._own_segment, memfd=memfd)
+        self.arena = Arena(PARENT, budget=self._budget, on_segment=self._own_segment, memfd=memfd, hard=hard_limit)
         self.workers: dict[int, WorkerHandle] = {}
         self.idle: list[WorkerHandle] = []
         self.waiting: deque[Borrower] = deque()
@@ -189,6 +192,7 @@ class WorkerSupply:
             "inline_threshold": self.inline_threshold,
             "log_level": logging.getLogger().getEffectiveLevel(),
             "memfd": self.memfd,
+            "hard_limit": self.hard_limit,
             "argv": list(sys.argv),
         }
 

@@ -42,14 +42,16 @@ _encode_error = msgspec.msgpack.Encoder().encode
 class LocalMemory:
     """The worker's arena as the codec sees it, and the blocks it lent to the running code."""
 
-    def __init__(self, worker: Worker, number: int, page: StatusPage, memfd: bool | None) -> None:
+    def __init__(
+        self, worker: Worker, number: int, page: StatusPage, memfd: bool | None, hard: int | None
+    ) -> None:
         words = page.words
 
         def budget() -> int:
             return words[status.LIMIT]
 
         self.fresh: list[Segment] = []
-        self.arena = Arena(number, budget=budget, on_segment=self.fresh.append, memfd=memfd)
+        self.arena = Arena(number, budget=budget, on_segment=self.fresh.append, memfd=memfd, hard=hard)
         self._worker = worker
         self._page = page
         # Blocks handed out as buffers: address -> (block, bytes). Remote leases and the local exporter both keep a
@@ -123,7 +125,7 @@ class Worker:
         self.page = page
         self.threshold: int = settings["inline_threshold"]
         self.idle_timeout: float | None = settings.get("idle_timeout")
-        self.memory = LocalMemory(self, number, page, settings.get("memfd"))
+        self.memory = LocalMemory(self, number, page, settings.get("memfd"), settings.get("hard_limit"))
         self.mappings: dict[int, Mapping] = {}
         self.released: deque[codec.Key] = deque()
         self.functions: dict[int, Callable[..., Any] | BaseException] = {}

@@ -135,13 +135,24 @@ class Block:
 
 
 class Arena:
-    """All segments one process writes. Thread-safe; `budget()` gives the bytes that may be reserved in all."""
+    """All segments one process writes. Thread-safe.
+
+    `budget()` gives the bytes above which nothing is kept warm; `hard` those that may be reserved in all (None: the
+    same).
+    """
 
     def __init__(
-        self, owner: int, *, budget: Callable[[], int], on_segment: Callable[[Segment], None], memfd: bool | None = None
+        self,
+        owner: int,
+        *,
+        budget: Callable[[], int],
+        on_segment: Callable[[Segment], None],
+        memfd: bool | None = None,
+        hard: int | None = None,
     ) -> None:
         self._owner = owner
         self._budget = budget
+        self._hard = hard
         self._on_segment = on_segment
         self._memfd = memfd
         self._lock = threading.Lock()
@@ -215,7 +226,7 @@ class Arena:
     def _reserve(self, segment: Segment, nbytes: int) -> None:
         if self.reserved + nbytes > self._budget():
             self._trim(max(0, self._budget() - nbytes))
-        if self.reserved + nbytes > self._budget():
+        if self.reserved + nbytes > (self._budget() if self._hard is None else self._hard):
             raise self._full(nbytes, None)
         try:
             os.posix_fallocate(segment.fd, segment.reserved, nbytes)
