@@ -17,7 +17,7 @@ if hasattr(signal, "SIGHUP"):
 
 class Interrupt:
     """While it is entered (main thread, default handlers only), the first signal asks to drain, the second to stop at
-    once."""
+    once, the third ends the process."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stop: Callable[[str, bool], None]) -> None:
         self._loop = loop
@@ -25,6 +25,7 @@ class Interrupt:
         self._installed: list[signal.Signals] = []
         self._asked: signal.Signals | None = None
         self._count = 0
+        self._restore: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is not threading.main_thread():
@@ -38,7 +39,6 @@ class Interrupt:
                 with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                     self._loop.add_signal_handler(number, self._received, number)
                     self._installed.append(number)
-                    self._restore = getattr(self, "_restore", {})
                     self._restore[number] = current
         return self
 
