@@ -1,0 +1,101 @@
+"""A run that was started and not waited for, and what a run does with the PipelineContext it was started with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from stageflow.context.pipeline_context import PipelineContext
+from stageflow.core.kinds import StageStatus
+from stageflow.events.event import Event
+from stageflow.runtime.result import RunResult
+
+if TYPE_CHECKING:
+    from stageflow.runtime.driver import Driver
+    from stageflow.runtime.job import Job
+
+
+class RunHandle:
+    """A run under way, as `Engine.start` returns it. `await` it for the RunResult; dropping it does not stop the run.
+
+    `cancel` may be called from any thread; everything else belongs to the loop of the run.
+    """
+
+    __slots__ = ("_driver", "_job", "_task")
+
+    def __init__(self, driver: Driver, job: Job, task: asyncio.Task[RunResult]) -> None:
+        self._driver = driver
+        self._job = job
+        self._task = task
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self._job.run_id
+
+    @property
+    def done(self) -> bool:
+        """True once the result is there."""
+        return self._task.done()
+
+    def cancel(self, reason: str = "cancelled", *, stage: Any = None, force: bool = False) -> None:
+        """Stop the run, or one stage of it (by name or function); `force` does not wait for the grace.
+
+        A stopped stage ends FAIL with StageCancelledError and without a retry; its failure mode decides what that means
+        for the run.
+
+        Raises:
+            KeyError: the graph has no such stage.
+        """
+        driver, job = self._driver, self._job
+        number = None if stage is None else job.graph.number_of(stage)
+
+        def on_loop() -> None:
+            if number is None:
+                driver.cancel(job, reason, force=force)
+            else:
+                driver.stop_stage(job, number, reason)
+
+        try:
+            driver.loop.call_soon_threadsafe(on_loop)
+        except RuntimeError:
+            pass  # the loop is closed: the run is over
+
+    def result(self) -> RunResult:
+        """The result of a run that has ended; asyncio.InvalidStateError before."""
+        return self._task.result()
+
+    def __await__(self) -> Generator[Any, None, RunResult]:
+        return asyncio.shield(self._task).__await__()
+
+    def __repr__(self) -> str:
+        return f"<RunHandle {self._job.graph.name!r} {self.run_id} {'done' if self.done else 'under way'}>"
+
+
+class ContextSink:
+    """Passes the events of a run on to the emitter of its PipelineContext."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: PipelineContext) -> None:
+        self._context = context
+
+    def emit(self, event: Event) -> None:
+        """`try_emit_event` with the event's data and where it happened."""
+        data = dict(event.data)
+        for name in ("stage", "item", "attempt", "lane"):
+            value = getattr(event, name)
+            if value is not None:
+                data[name] = value
+        self._context.try_emit_event(event.type, data)
+
+
+def fill_context(context: PipelineContext, result: RunResult) -> None:
+    """Write the values of a run into the outputs bag of its context, and its cancellation into the flag."""
+    for name, output in result.outputs.items():
+        if output.status is StageStatus.OK:
+            stats = result.stats.get(name)
+            context.outputs.set_force(name, output.data, max(1, stats.attempts if stats is not None else 1))
+    if result.cancelled:
+        context.mark_cancelled(result.cancel_reason or "cancelled")
