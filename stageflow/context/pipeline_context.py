@@ -196,6 +196,11 @@ class PipelineContext:
             parent=self,
         )
 
+    @property
+    def emits(self) -> bool:
+        """Whether events go anywhere."""
+        return self._emitter is not None
+
     def try_emit_event(self, type: str, data: Any = None) -> None:
         """Emit an event. Never raises.
 

@@ -22,7 +22,7 @@ from stageflow.context.attempt import ABSENT, Header
 from stageflow.context.cancellation import CancellationToken
 from stageflow.context.items import Done, ItemFailure, Piece, mask_from_wire
 from stageflow.context.tracing import TRACE, current_traceparent
-from stageflow.core.errors import InvariantError, StageflowError, StageTimeoutError
+from stageflow.core.errors import InvariantError, StageFailedError, StageflowError, StageTimeoutError
 from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Payload
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageKind, StageStatus
@@ -995,11 +995,21 @@ class Driver:
             result = await run_child(self, job, spec.runner, inputs, {}, stage=spec.name, task=action.task)
             if result.success:
                 outcome.value = {name: output.data for name, output in result.outputs.items()}
-            elif result.cancelled:
-                outcome.meta = StageOutput.cancel(result.cancel_reason or "the subpipeline was cancelled")
             else:
-                failed = StageOutput.fail(f"subpipeline {spec.runner.name!r} failed: {result.error}")
-                outcome.meta = failed
+                # a child that ended itself does not end its parent: its failure mode decides
+                how = "was cancelled" if result.cancelled else "failed"
+                text = f"subpipeline {spec.runner.name!r} {how}: {result.error or result.cancel_reason}"
+                failed = StageOutput.fail(text, data=result.failures.to_dict(), retryable=not result.cancelled)
+                info = ErrorInfo(
+                    type=f"{StageFailedError.__module__}.{StageFailedError.__qualname__}",
+                    message=text,
+                    code=StageFailedError.code,
+                    cause=result.error_info,
+                    retryable=failed.retryable,
+                    lane=action.lane,
+                    attempt=action.attempt,
+                )
+                outcome.meta = msgspec.structs.replace(failed, error_info=info)
         except Exception as error:
             outcome.kind = OutcomeKind.ERROR
             outcome.error = capture(error, lane="async", attempt=action.attempt)

@@ -30,6 +30,7 @@ from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.code import GraphCode, code_of, forget_code
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
 from stageflow.runtime.driver import Driver
+from stageflow.runtime.handles import ContextSink, RunHandle, fill_context
 from stageflow.runtime.interrupt import Interrupt
 from stageflow.runtime.job import Job
 from stageflow.runtime.result import RunResult
@@ -142,6 +143,7 @@ class Engine:
         self._slots: dict[str, int] | None = None
         self._graphs: weakref.WeakSet[StageGraph] = weakref.WeakSet()
         self._around: Any = None
+        self._started: set[asyncio.Task[RunResult]] = set()  # runs begun by `start`
 
     # ------------------------------------------------------------ what it has
 
@@ -370,10 +372,37 @@ class Engine:
         if ctx is not None:
             snapshot, chosen = _from_context(ctx, snapshot, chosen)
         state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
+        return await self._to_end(state, job, ctx)
+
+    async def start(
+        self,
+        graph: StageGraph,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        ctx: PipelineContext | None = None,
+        snapshot: ContextSnapshot | None = None,
+        **options: Any,
+    ) -> RunHandle:
+        """Begin a run on the running loop and return at once: `await handle` has its result, `handle.cancel(reason,
+        stage=...)` stops it or one stage of it."""
+        chosen = RunOptions.make(_only_run_keys(options))
+        if ctx is not None:
+            snapshot, chosen = _from_context(ctx, snapshot, chosen)
+        state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
+        task = state.loop.create_task(self._to_end(state, job, ctx))
+        self._started.add(task)
+        task.add_done_callback(self._started.discard)
+        return RunHandle(state.driver, job, task)
+
+    async def _to_end(self, state: _LoopState, job: Job, ctx: PipelineContext | None) -> RunResult:
+        """Wait for a run that was begun, and give back what it used."""
         try:
-            return await self._await(state, job)
+            result = await self._await(state, job)
         finally:
             await self.end(state, job)
+        if ctx is not None:
+            fill_context(ctx, result)
+        return result
 
     async def _await(self, state: _LoopState, job: Job) -> RunResult:
         try:
@@ -692,13 +721,15 @@ def _check_inputs(graph: StageGraph, given: Mapping[str, Any]) -> None:
 def _from_context(
     ctx: PipelineContext, snapshot: ContextSnapshot | None, options: RunOptions
 ) -> tuple[ContextSnapshot, RunOptions]:
-    """A run started with a PipelineContext has its identity, and is cancelled with it."""
+    """A run started with a PipelineContext has its identity, is cancelled with it, and emits its events there."""
     made = snapshot if snapshot is not None else ContextSnapshot()
     if made.run_id.pipeline_run_id is None:
         made = made.with_run_id(ctx.run_id)
     token = getattr(ctx, "token", None)
     if options.token is None and isinstance(token, CancellationToken):
         options = msgspec.structs.replace(options, token=token)
-    said = {name: getattr(ctx, name, None) for name in ("service", "topology", "execution_mode")}
+    if ctx.emits:
+        options = msgspec.structs.replace(options, event_sinks=(*options.event_sinks, ContextSink(ctx)))
+    said = {"service": ctx.service, "topology": ctx.topology(), "execution_mode": ctx.execution_mode()}
     about = {name: str(value) for name, value in said.items() if value}
     return made, msgspec.structs.replace(options, about=about)
