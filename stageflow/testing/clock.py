@@ -9,6 +9,7 @@ Worker processes have real time: a virtual hour passes for the scheduler only wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class VirtualClock:
     """Virtual seconds for one engine. `now` is the time since the clock was made. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._base = time.monotonic()
+        self._base = 0.0  # sums of round numbers stay exact
         self._base_ns = time.time_ns()
         self._now = 0.0
         self._seq = 0
@@ -117,6 +118,8 @@ class VirtualClock:
 
     def monotonic(self) -> float:
         """Virtual seconds, from an arbitrary start."""
+        with contextlib.suppress(RuntimeError):
+            self._line(asyncio.get_running_loop())  # from now on attempts of this loop may sleep here
         return self._base + self._now
 
     def time_ns(self) -> int:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stageflow.runtime.engine import Engine
     from stageflow.testing.benchmark import PipelineBenchmark
+    from stageflow.testing.clock import VirtualClock
+    from stageflow.testing.sinks import RecordingSink
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +33,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="store what `pipeline_benchmark` measures instead of comparing with it",
     )
+
+
+@pytest.fixture
+def virtual_clock() -> VirtualClock:
+    """A clock that jumps when everything waits; `stageflow_engine` runs on it when a test takes both."""
+    from stageflow.testing.clock import VirtualClock
+
+    return VirtualClock()
+
+
+@pytest.fixture
+def recording_sink() -> RecordingSink:
+    """A sink that keeps every event; `stageflow_engine` tells it all when a test takes both."""
+    from stageflow.testing.sinks import RecordingSink
+
+    return RecordingSink()
+
+
+@pytest.fixture
+def stageflow_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A small engine (2 workers, 4 threads), closed after the test. `@pytest.mark.parametrize("stageflow_engine",
+    [{"lane": "inline"}], indirect=True)` gives it other settings."""
+    from stageflow.runtime.engine import Engine
+
+    settings = {"processes": 2, "threads": 4, "grace": 2.0, **getattr(request, "param", {})}
+    if "recording_sink" in request.fixturenames:
+        settings["event_sinks"] = (request.getfixturevalue("recording_sink"),)
+    clock = request.getfixturevalue("virtual_clock") if "virtual_clock" in request.fixturenames else None
+    with Engine(clock=clock, **settings) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -1,0 +1,202 @@
+"""What the engine tells whoever watches: readings of a run, events of workers, how a run began, and nothing unasked."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from stageflow import Engine, PipelineBuilder, PipelineContext, RetryConfig, RunIdentity
+from stageflow.events.catalogue import typed
+from stageflow.events.sinks import CollectingSink
+from stageflow.observability.stats import StatsFold
+from stageflow.runtime import sampling
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Readings every few milliseconds."""
+    monkeypatch.setattr(sampling, "EVERY", 0.01)
+
+
+def _numbers():
+    yield from range(200)
+
+
+def _pid(numbers):
+    time.sleep(0.002)
+    return os.getpid()
+
+
+def _watched(lane):
+    return PipelineBuilder("watched").stage("numbers", _numbers).map("pid", _pid, "numbers", executor=lane).build()
+
+
+def test_a_run_that_is_watched_is_read_all_along(often):
+    sink = CollectingSink()
+    with Engine(processes=1, memory_limit="64MiB") as engine:
+        result = engine.run(_watched("process"), event_sinks=[sink])
+    samples = [event for event in sink.events() if event.type == "engine.sample"]
+    assert result.success
+    assert len(samples) > 5
+    assert {event.run_id for event in samples} == {result.run_id}
+    read = [typed(event) for event in samples]
+    assert max(one.running.get("pid", 0) for one in read) > 0
+    assert max(one.queued.get("pid", 0) for one in read) > 0
+    assert {one.memory_limit for one in read} == {64 << 20}
+    assert max(one.rss_bytes for one in read) > 1 << 20
+    pids = set(result.data("pid"))
+    assert pids & set().union(*(one.workers for one in read))
+    assert max(one.cpu_percent for one in read) < 100 * (os.cpu_count() or 1) * 2
+
+
+def test_readings_say_what_a_stage_waits_for(often):
+    gate = threading.Event()
+    seen = []
+
+    class Sink:
+        def emit(self, event):
+            if event.type == "engine.sample":
+                seen.append(event.data)
+                if len(seen) > 3:
+                    gate.set()
+
+    def held(numbers):
+        assert gate.wait(20)
+        return numbers
+
+    def after(held):
+        return held
+
+    graph = (
+        PipelineBuilder("waits")
+        .stage("numbers", _numbers)
+        .map("held", held, "numbers", executor="thread", concurrency=1)
+        .map("after", after, "held", executor="thread")
+        .build()
+    )
+    with Engine(processes=1, threads=4) as engine:
+        assert engine.run(graph, event_sinks=[Sink()]).success
+    first = seen[2]
+    assert first["running"] == {"held": 1}
+    assert first["waiting"]["held"] == "its concurrency limit"
+    assert first["waiting"]["after"] == "items of held"
+    assert first["waiting"]["numbers"] == "held to catch up"
+
+
+def test_nobody_listens_and_nothing_is_read(often, monkeypatch):
+    read = []
+    monkeypatch.setattr(sampling, "readings", lambda *args: read.append(args) or {})
+    with Engine(processes=1) as engine:
+        assert engine.run(_watched("thread")).success
+    assert read == []
+
+
+def test_the_readings_end_with_the_run(often):
+    async def main():
+        sink = CollectingSink()
+        async with Engine(processes=1) as engine:
+            await engine.execute(_watched("thread"), event_sinks=[sink])
+            driver = engine._state().driver
+            assert driver.sampler._timer is None
+            count = len(sink.events())
+            assert sink.events()[-1].type == "run.completed"
+            done = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(0.05, done.set_result, None)  # five readings would have come
+            await done
+            assert len(sink.events()) == count
+
+    asyncio.run(main())
+
+
+def test_the_start_names_the_limit_and_whom_the_run_is_for():
+    sink = CollectingSink()
+    ctx = PipelineContext(RunIdentity.new(), service="shop", topology="fast")
+
+    async def main():
+        async with Engine(processes=1, memory_limit=1 << 26) as engine:
+            await engine.execute(_watched("thread"), ctx=ctx, event_sinks=[sink])
+
+    asyncio.run(main())
+    started = typed(sink.events()[0])
+    assert (started.memory_limit, started.service, started.topology) == (1 << 26, "shop", "fast")
+
+
+def _killed_once(numbers, flag):
+    if numbers == 5 and not os.path.exists(flag):
+        with open(flag, "w"):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+    return numbers
+
+
+def test_a_runs_own_sinks_are_told_of_the_workers(tmp_path):
+    sink, fold = CollectingSink(), StatsFold()
+    graph = (
+        PipelineBuilder("killed")
+        .stage("numbers", _numbers)
+        .map("killed", _killed_once, "numbers", executor="process", inputs={"flag": "flag"})
+        .build()
+    )
+    with Engine(processes=1) as engine:
+        result = engine.run(graph, {"flag": str(tmp_path / "flag")}, event_sinks=[sink])
+    assert result.success, result.error
+    types = [event.type for event in sink.events()]
+    assert types.count("worker.lost") == 1
+    assert types.count("worker.started") >= 1
+    assert [event.seq for event in sink.events()] == sorted({event.seq for event in sink.events()})
+    for event in sink.events():
+        fold.add(event)
+    assert fold.workers_lost == 1
+    assert fold.result() == dict(result.stats)
+
+
+@pytest.mark.parametrize("lane", ["thread", "process"])
+def test_blocks_know_when_they_started(lane):
+    sink = CollectingSink()
+    before = time.monotonic()
+    with Engine(processes=1) as engine:
+        engine.run(_watched(lane), event_sinks=[sink])
+    after = time.monotonic()
+    blocks = [event.data for event in sink.events() if event.type == "stage.items" and event.stage == "pid"]
+    assert blocks
+    for data in blocks:
+        assert before <= data["started"] <= after
+        assert data["started"] + data["seconds"] <= after + 0.001
+
+
+_calls = {"flaky": 0}
+
+
+def _flaky():
+    _calls["flaky"] += 1
+    time.sleep(0.02)
+    if _calls["flaky"] < 3:
+        raise ConnectionError("not yet")
+    return 1
+
+
+def _never(flaky):
+    return flaky
+
+
+@pytest.mark.parametrize("listen", [False, True])
+def test_stats_hold_every_stage_in_order_and_all_attempts_whether_or_not_anybody_listens(listen):
+    _calls["flaky"] = 0
+    graph = (
+        PipelineBuilder("stats")
+        .stage("zero", lambda: 0, executor="async")
+        .stage("flaky", _flaky, executor="thread", retry=RetryConfig(max_attempts=3, base_delay_ms=1))
+        .stage("never", _never, when=lambda inputs: False)
+        .build()
+    )
+    with Engine(processes=1) as engine:
+        result = engine.run(graph, event_sinks=[CollectingSink()] if listen else [])
+    assert list(result.stats) == ["zero", "flaky", "never"]
+    flaky = result.stats["flaky"]
+    assert (flaky.attempts, flaky.retried) == (3, 2)
+    assert flaky.busy_seconds >= 0.06
+    assert flaky.kind == str(graph.stage_spec("flaky").kind)
+    assert result.stats["never"].lane == result.stats["never"].lane
