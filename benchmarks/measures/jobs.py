@@ -29,7 +29,7 @@ CHUNK: Final = 8
 TREE: Final = ("lib2to3", "idlelib", "unittest", "email", "asyncio", "xml", "multiprocessing", "importlib", "json")
 
 
-def _input(folder: Path, scale: float) -> Path:
+def make_input(folder: Path, scale: float) -> Path:
     """A tree of links to a part of the standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     root = folder / "tree"
@@ -135,7 +135,7 @@ def _whole_job(scale: float) -> Iterator[Sides]:
     sides = Sides()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stageflow-bench-")))
-        root = str(_input(folder, scale))
+        root = str(make_input(folder, scale))
         graph = job_graph()
         runner, engine = stack.enter_context(engine_on_loop(processes=WORKERS))
         pool = stack.enter_context(standard_pool())
@@ -163,7 +163,7 @@ def _speed_up(scale: float) -> Iterator[Sides]:
     sides = Sides()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stageflow-bench-")))
-        root = str(_input(folder, scale))
+        root = str(make_input(folder, scale))
         graph = job_graph()
         for workers in (1, 2):
             runner, engine = stack.enter_context(engine_on_loop(processes=workers))

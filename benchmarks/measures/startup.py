@@ -13,12 +13,12 @@ from benchmarks.measures.common import our_pool, standard_pool, timed
 from benchmarks.peers import HERE, ROOT
 from benchmarks.work import noop
 
-_OURS: Final = "from stageflow import PipelineBuilder, stage, Engine, RetryConfig"
-_THEIRS: Final = "import asyncio, concurrent.futures.process"
+OURS: Final = "from stageflow import PipelineBuilder, stage, Engine, RetryConfig"
+THEIRS: Final = "import asyncio, concurrent.futures.process"
 _MEASURED: Final = "import time; b = time.process_time(); {}; print(time.process_time() - b)"
 
 
-def _import_seconds(line: str) -> Callable[[], float]:
+def import_seconds(line: str) -> Callable[[], float]:
     """CPU seconds that `line` takes in a fresh interpreter with warm bytecode: the least of some."""
 
     def side() -> float:
@@ -35,12 +35,12 @@ def _import_seconds(line: str) -> Callable[[], float]:
 @contextmanager
 def _imports(scale: float) -> Iterator[Sides]:
     sides = Sides()
-    sides.add("stageflow", _import_seconds(_OURS))
-    sides.add("standard", _import_seconds(_THEIRS))
+    sides.add("stageflow", import_seconds(OURS))
+    sides.add("standard", import_seconds(THEIRS))
     yield sides
 
 
-def _first_result(script: str) -> Callable[[], None]:
+def first_result(script: str) -> Callable[[], None]:
     def run() -> None:
         command = [sys.executable, str(HERE / "scripts" / script)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
@@ -52,8 +52,8 @@ def _first_result(script: str) -> Callable[[], None]:
 @contextmanager
 def _first(scale: float) -> Iterator[Sides]:
     sides = Sides()
-    sides.add("ours", timed(_first_result("first_result_ours.py"), repeat=3))
-    sides.add("ppe", timed(_first_result("first_result_standard.py"), repeat=3))
+    sides.add("ours", timed(first_result("first_result_ours.py"), repeat=3))
+    sides.add("ppe", timed(first_result("first_result_standard.py"), repeat=3))
     yield sides
 
 
