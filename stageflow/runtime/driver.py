@@ -1009,7 +1009,8 @@ class Driver:
                     lane=action.lane,
                     attempt=action.attempt,
                 )
-                outcome.meta = msgspec.structs.replace(failed, error_info=info)
+                outcome.value = failed.data
+                outcome.meta = msgspec.structs.replace(failed, error_info=info, data=None)
         except Exception as error:
             outcome.kind = OutcomeKind.ERROR
             outcome.error = capture(error, lane="async", attempt=action.attempt)

@@ -17,7 +17,7 @@ from stageflow.observability.stats import StatsFold
 from stageflow.pipeline.graph import StageGraph
 from stageflow.runtime.book import Book
 from stageflow.runtime.code import GraphCode
-from stageflow.runtime.result import Abandoned, FailureRecord, FailureSummary, RunResult
+from stageflow.runtime.result import Abandoned, FailureRecord, FailureSummary, Outputs, RunResult
 from stageflow.scheduler.states import StageState
 
 #: failed items of which the details are kept; all are counted
@@ -151,6 +151,7 @@ class Job:
             cancelled_stages=states.count(StageState.CANCELLED),
             failed_items=self.failed_items,
             failures=tuple(self.failures),
+            partial_results=Outputs(self.book),
         )
         text = None
         if status == "failed":

@@ -44,7 +44,10 @@ class FailureRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FailureSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """How many stages ended how, and every failure (the first `kept` of a map's; `failed_items` counts all)."""
+    """How many stages ended how, and every failure (the first `kept` of a map's; `failed_items` counts all).
+
+    `partial_results` has what came out in spite of them, by stage.
+    """
 
     total_stages: int = 0
     completed_stages: int = 0
@@ -53,6 +56,7 @@ class FailureSummary(msgspec.Struct, frozen=True, kw_only=True):
     cancelled_stages: int = 0
     failed_items: int = 0
     failures: tuple[FailureRecord, ...] = ()
+    partial_results: Mapping[str, Any] = {}
 
     def success_rate(self) -> float:
         """Completed stages of all; 0.0 for an empty run."""
