@@ -87,7 +87,10 @@ class AsyncExecutor(LocalLane):
         self._ports.pop(id, None)
         if not port.done:
             port.done = True
-            self._deliver(port, outcome)
+            if self._starting is None:
+                port.deliver(outcome)
+            else:
+                self._deliver(port, outcome)
 
     def _deliver(self, port: LocalPort, outcome: Outcome) -> None:
         """Hand an outcome on, but never from inside `start`."""

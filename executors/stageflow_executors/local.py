@@ -17,6 +17,7 @@ from stageflow.core.errors import StageCancelledError
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply
 from stageflow.core.failure import capture
 
+_OK = OutcomeKind.OK
 _pid = os.getpid()
 
 
@@ -126,16 +127,9 @@ class LocalPort(msgspec.Struct, eq=False):
         if type(value) is Reply:
             meta = value.meta
             value = value.value
+        # by position: once per call
         return Outcome(
-            self.call.id,
-            OutcomeKind.OK,
-            value,
-            meta,
-            True,
-            worker_pid=_pid,
-            started=self.started,
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
+            self.call.id, _OK, value, meta, True, None, None, False, _pid, self.started, seconds, cpu_seconds
         )
 
     def failed(self, error: BaseException, seconds: float, cpu_seconds: float = 0.0) -> Outcome:

@@ -66,6 +66,7 @@ class FanOut:
         max_waiting: int = MAX_WAITING,
     ) -> None:
         self._entries: tuple[_Entry, ...] = ()
+        self._only: _Entry | None = None  # the one sink, where it is a plain one
         self._lock = threading.RLock()
         self._redact = redact
         self._redact_failed = False
@@ -105,6 +106,8 @@ class FanOut:
         self._entries = entries
         self.listening = bool(entries)
         self.wants_items = any(entry.wants_items for entry in entries)
+        single = len(entries) == 1 and self._redact is None and not self.wants_items
+        self._only = entries[0] if single and not entries[0].is_async else None
         #: a sink exports traces: attempts get a trace context, and the spans of workers come back as events
         self.wants_spans = any(getattr(entry.sink, "wants_spans", False) for entry in entries)
 
@@ -131,6 +134,20 @@ class FanOut:
 
     def emit(self, event: Event) -> None:
         """Hand `event` to every sink. Never raises (a KeyboardInterrupt inside a sink excepted) and never waits."""
+        only = self._only
+        if only is not None and event.type != names.STAGE_ITEMS:
+            # one plain sink and no block of items: what follows, spelled out; three events a stage go this way
+            with self._lock:
+                if not self._merger.holds:
+                    try:
+                        result: Any = only.sink.emit(event)  # type: ignore[func-returns-value, unused-ignore]
+                        if result is not None and inspect.isawaitable(result):
+                            self._queue(only, result)
+                    except KeyboardInterrupt:
+                        raise
+                    except BaseException:
+                        only.failed()
+                    return
         if not self._entries:
             return
         with self._lock:

@@ -23,31 +23,27 @@ class BlockMerger:
     the last.
     """
 
-    __slots__ = ("_first_ns", "_held", "_last_ns")
+    __slots__ = ("_first_ns", "_last_ns", "holds")
 
     def __init__(self) -> None:
-        self._held: dict[_Key, list[Event]] = {}
+        #: the blocks that wait here
+        self.holds: dict[_Key, list[Event]] = {}
         self._first_ns = 0
         self._last_ns = 0
-
-    @property
-    def holds(self) -> bool:
-        """True while blocks wait here."""
-        return bool(self._held)
 
     def add(self, event: Event) -> list[Event] | None:
         """Take a `stage.items` event: what is to be passed on now, or None when it is held."""
         now = event.time_unix_ns
         quiet = now - self._last_ns > QUIET_NS
         self._last_ns = now
-        if not self._held:
+        if not self.holds:
             if quiet:
                 return [event]
             self._first_ns = now
         key = (event.run_id, event.stage, event.data.get("worker_pid"))
-        held = self._held.get(key)
+        held = self.holds.get(key)
         if held is None:
-            self._held[key] = [event]
+            self.holds[key] = [event]
         elif (
             held[-1].data.get("hi") == event.data.get("lo")
             and "items" not in event.data
@@ -56,13 +52,13 @@ class BlockMerger:
             held.append(event)
         else:
             # Not a neighbour: it starts a group of its own, under a key nobody else has.
-            self._held[event.run_id, event.stage, -event.seq - 1] = held
-            self._held[key] = [event]
+            self.holds[event.run_id, event.stage, -event.seq - 1] = held
+            self.holds[key] = [event]
         return self.take() if now - self._first_ns > HELD_NS else None
 
     def take(self) -> list[Event]:
         """Everything that is held, merged, in order of `seq`."""
-        groups, self._held = self._held, {}
+        groups, self.holds = self.holds, {}
         merged = [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
         merged.sort(key=_seq)
         return merged

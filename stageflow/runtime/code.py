@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from stageflow.context.attempt import CallPlan, Program, Slot
 from stageflow.context.items import ItemProgram, ReduceProgram
@@ -18,6 +18,9 @@ from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.placement import place
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.scheduler.layout import Layout
+
+#: role -> the word for it in `run.started`
+_SHAPES: Final = {Role.TASK: "stage", Role.SOURCE: "source", Role.MAP: "map", Role.REDUCE: "reduce", Role.SINK: "sink"}
 
 
 class StageCode:
@@ -59,6 +62,7 @@ class GraphCode:
         "_annotations",
         "_codes",
         "_direct",
+        "_outline",
         "_resources",
         "_scope",
         "_shared",
@@ -97,6 +101,7 @@ class GraphCode:
         self.needed = tuple(dict.fromkeys(self.lanes))
         self._codes: dict[int, StageCode] = {}
         self._direct: list[Any] = [self] * len(graph.specs)  # self: not looked at yet
+        self._outline: dict[str, Any] | None = None
         self._shared: dict[int, tuple[Shipped | None, bool]] = {}
         self.empty = bytearray(len(graph.specs))  # 1: run by `direct`, and said to return None
         self.routes = any(spec.kind is StageKind.ROUTE for spec in graph.specs)
@@ -133,6 +138,20 @@ class GraphCode:
             shipped, self.empty[i] = known
         self._direct[i] = shipped
         return shipped
+
+    def outline(self) -> dict[str, Any]:
+        """What `run.started` says of the graph; made once, so nobody may change it."""
+        made = self._outline
+        if made is None:
+            graph, specs = self.graph, self.graph.specs
+            made = self._outline = {
+                "stages": [spec.name for spec in specs],
+                "lanes": {spec.name: lane for spec, lane in zip(specs, self.lanes, strict=True)},
+                "kinds": {spec.name: str(spec.kind) for spec in specs},
+                "shapes": {spec.name: _SHAPES[spec.role] for spec in specs},
+                "edges": [[specs[dep].name, spec.name] for i, spec in enumerate(specs) for dep in graph.deps[i]],
+            }
+        return made
 
     def modules(self) -> tuple[str, ...]:
         """The modules that define the process stages, for preloading."""

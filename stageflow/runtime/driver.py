@@ -53,8 +53,6 @@ CROSSING_FROM: Final = 65536  # bytes of items from which their producer encodes
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
-#: role -> the word for it in `run.started`
-_SHAPES: Final = {Role.TASK: "stage", Role.SOURCE: "source", Role.MAP: "map", Role.REDUCE: "reduce", Role.SINK: "sink"}
 #: every driver of this process: `ctx.spawn` finds the run of an attempt by it
 live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
@@ -419,9 +417,8 @@ class Driver:
     def _start_attempt(self, action: act.StartAttempt) -> None:
         job = self.jobs[action.run]
         lane, stage = action.lane, action.stage
-        spec = job.graph.specs[stage]
         if job.listening:
-            self._event("stage.started", job, spec.name, None, action.attempt, lane, {})
+            self._event("stage.started", job, job.graph.specs[stage].name, None, action.attempt, lane, {})
         executor = self.executors.get(lane) or self.executor(lane)
         self.running[action.task] = running = Running(job, action, executor, self._now)
         if job.header is not None and action.attempt == 1 and not job.book.ends:
@@ -429,6 +426,7 @@ class Driver:
             if direct is not None:  # a function of nothing, on this loop: there is nothing to put together
                 executor.start(Call(action.task, direct), self._deliver_attempt)
                 return
+        spec = job.graph.specs[stage]
         try:
             if spec.form == "graph":
                 self.loop.create_task(self._subpipeline(running, spec))
@@ -646,7 +644,12 @@ class Driver:
                 and not job.survivors
             ):
                 # most outcomes, so `_ended` and `_succeeded` are spelled out for them; it must do what they do
-                job.book.put(action.stage, value, encoded=False, meta=None)
+                book, stage = job.book, action.stage
+                if book.shared or book.outputs or book.ends:
+                    book.put(stage, value, encoded=False, meta=None)
+                else:
+                    book.values[stage] = value
+                    book.encoded[stage] = 0
                 ended = sig.AttemptEnded(
                     action.task,
                     "ok",
@@ -1233,7 +1236,7 @@ class Driver:
         job.stats.take(action.rows, told=1 + job.listening)
         specs, lanes, run_id = job.graph.specs, job.code.lanes, job.run_id
         time_ns, told = self.clock.time_ns, job.listening
-        own, all_ = job.sinks, self.events
+        sinks = [sinks for sinks in (job.sinks, self.events) if sinks is not None and sinks.listening]
         for stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started in action.rows:
             name, lane = specs[stage].name, lanes[stage]
             attempted = {
@@ -1252,21 +1255,18 @@ class Driver:
                 "bytes_in": bytes_in,
                 "bytes_out": bytes_out,
                 "worker_pid": pid,
-                "queued_ms": max(0.0, duration - seconds) * 1000.0,
+                "queued_ms": (duration - seconds) * 1000.0 if duration > seconds else 0.0,
                 "started": started,
             }
             at, seq = time_ns(), self._seq
             self._seq = seq + 2
-            first = Event("stage.attempt", at, seq + 1, run_id, stage=name, attempt=attempt, lane=lane, data=attempted)
-            last = Event("stage.completed", at, seq + 2, run_id, stage=name, attempt=attempt, lane=lane, data=completed)
-            if own is not None:
-                if told:
-                    own.emit(first)
-                own.emit(last)
-            if all_.listening:
-                if told:
-                    all_.emit(first)
-                all_.emit(last)
+            last = Event("stage.completed", at, seq + 2, run_id, name, None, attempt, lane, completed)
+            if told:
+                first = Event("stage.attempt", at, seq + 1, run_id, name, None, attempt, lane, attempted)
+                for sink in sinks:
+                    sink.emit(first)
+            for sink in sinks:
+                sink.emit(last)
 
     def _emit(self, action: act.Emit) -> None:
         job = self.jobs[action.run]
@@ -1335,11 +1335,7 @@ class Driver:
         if job.trace:
             data["traceparent"] = job.trace
         if len(specs) <= 10_000:
-            data["stages"] = [spec.name for spec in specs]
-            data["lanes"] = {spec.name: lane for spec, lane in zip(specs, job.code.lanes, strict=True)}
-            data["kinds"] = {spec.name: str(spec.kind) for spec in specs}
-            data["shapes"] = {spec.name: _SHAPES[spec.role] for spec in specs}
-            data["edges"] = [[specs[dep].name, spec.name] for i, spec in enumerate(specs) for dep in graph.deps[i]]
+            data.update(job.code.outline())
         data.update(job.identity.ids())
         data.update(job.about)
         data.pop("pipeline_run_id", None)

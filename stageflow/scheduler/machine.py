@@ -77,6 +77,8 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         self._out: list[Any] = []
         self._rows: list[tuple[Any, ...]] = []  # of `_rows_of`: attempts that ended well in this turn
         self._rows_of: int = 0
+        self._stirred: Lane | None = None  # where a plain stage ended or came ready in this turn
+        self._mixed: bool = False  # there is more than one such lane
         self._seq: int = 0
         self._next_task: int = 0
         self._next_timer = 0
@@ -109,14 +111,22 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         out: list[Any] = []
         self._out = out
         handlers = self._handlers
+        plain = True
         for signal in signals:
             if type(signal) is sig.AttemptEnded and self._plain_ended(signal, now):
                 continue
+            plain = False
             if self._rows:
                 self._tell_rows()
             handlers[type(signal)](signal, now)
         if self._rows:
             self._tell_rows()
+        stirred, self._stirred = self._stirred, None
+        if plain and stirred is not None and not (self._touched or self._mixed):
+            if stirred.fifo or stirred.heap:  # nothing has changed for any other lane, and no run can be over
+                self._dispatch_lane(stirred, now)
+            return out
+        self._mixed = False
         self._dispatch(now)
         return out
 
@@ -395,18 +405,10 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
                 _, _, _, _, run, stage, stream, _ = lane.first()
                 if not self._is_short(run, stage, stream):
                     return
+            if unrolled and not heap and self._start_plain(lane):
+                continue
             entry = lane.pop() if heap else fifo.popleft()
             _, _, _, _, run, stage, stream, since = entry
-            if (
-                unrolled
-                and run.layout.simple[stage]
-                and run.state[stage] == 2
-                and run.ending is None
-                and not run.deaths
-            ):
-                run.queued -= 1
-                self._start_plain(run, stage, lane, since)
-                continue
             run.queued -= 1
             if run.ending is not None:
                 if stream is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from stageflow.core.errors import InvariantError
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.books import Lane, Run, Task
+from stageflow.scheduler.books import Lane, Task
 
 if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
@@ -25,17 +25,32 @@ SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead
 class PlainRules:
     """Start and success of plain stages."""
 
-    def _start_plain(self: Machine, run: Run, stage: int, lane: Lane, since: float) -> None:
-        """`_start` for the first attempt of a stage without policies (`Layout.simple`), of which no worker has died:
-        every stage of most graphs, so it is spelled out. It must do what `_start` does."""
-        self._next_task = id = self._next_task + 1
-        name = lane.name
-        self.tasks[id] = run.tasks[id] = Task(id, run, stage, name, 1, since)
-        lane.used += 1
-        run.running += 1
-        run.state[stage] = 3  # READY -> RUNNING
-        short = name == "process" and self.seconds.get((run.layout.key, stage), 1.0) < SHORT_SECONDS
-        self._out.append(act.StartAttempt(id, run.id, stage, name, 1, False, short))
+    def _start_plain(self: Machine, lane: Lane) -> bool:
+        """`_dispatch_lane` and `_start` for the stages at the front of a queue that have no policies (`Layout.simple`)
+        and of which no worker has died: every stage of most graphs, so it is spelled out. It must do what those do.
+        False if there was none."""
+        fifo, slots, name = lane.fifo, lane.slots, lane.name
+        tasks, out = self.tasks, self._out
+        started = False
+        while fifo and lane.used < slots:
+            _, _, _, _, run, stage, _, since = fifo[0]
+            layout = run.layout
+            if not layout.simple[stage] or run.state[stage] != 2 or run.ending is not None or run.deaths:
+                break
+            fifo.popleft()
+            started = True
+            self._next_task = id = self._next_task + 1
+            tasks[id] = run.tasks[id] = Task(id, run, stage, name, 1, since)
+            lane.used += 1
+            run.queued -= 1
+            run.running += 1
+            run.state[stage] = 3  # READY -> RUNNING
+            if name == "process":
+                short = self.seconds.get((layout.key, stage), 1.0) < SHORT_SECONDS
+                out.append(act.StartAttempt(id, run.id, stage, name, 1, False, short))
+            else:
+                out.append(act.StartAttempt(id, run.id, stage, name))
+        return started
 
     def _plain_ended(self: Machine, signal: sig.AttemptEnded, now: float) -> bool:
         """`_on_attempt_ended` for a stage without policies (`Layout.simple`) that succeeded in a run in which nothing
@@ -59,7 +74,12 @@ class PlainRules:
             return False
         del self.tasks[id], run.tasks[id]
         run.running -= 1
-        self.lanes[task.lane].used -= 1
+        lane = self.lanes[task.lane]
+        lane.used -= 1
+        if self._stirred is not lane:
+            if self._stirred is not None:
+                self._mixed = True
+            self._stirred = lane
         state[stage] = 6  # RUNNING -> DONE
         seconds = signal.seconds
         if task.lane == "process":
@@ -85,20 +105,24 @@ class PlainRules:
                     if special[dependent] or state[dependent]:
                         self._tell_rows()
                         self._came_ready(run, dependent, now)
+                        self._touched[run.id] = run
                         continue
                     state[dependent] = 2  # WAITING -> READY
                     self._seq = seq = self._seq + 1
                     run.queued += 1
                     first = -priorities.get(dependent, 0) if priorities else 0
                     entry = (first, -depth[dependent], run.seq, seq, run, dependent, None, now)
-                    lane = self.lanes[lanes[dependent]]
-                    if lane.fifo:
-                        lane.push(entry)
+                    to = lane if lanes[dependent] == task.lane else self.lanes[lanes[dependent]]
+                    if to is not lane:
+                        self._mixed = True
+                    if to.fifo:
+                        to.push(entry)
                     else:
-                        lane.fifo.append(entry)
+                        to.fifo.append(entry)
                 elif left < 0:
                     raise InvariantError(f"stage {layout.name(dependent)!r} was told more ends than it waits for")
             if self._ended:
                 self._settle_ended(now)
-        self._touched[run.id] = run
+        if not (run.running or run.queued):
+            self._touched[run.id] = run  # it may be over
         return True
