@@ -7,12 +7,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stageflow.context.bags import ContextBag as ContextBag
+    from stageflow.context.bags import OutputBag as OutputBag
     from stageflow.context.cancellation import CancellationToken as CancellationToken
+    from stageflow.context.cleanup import CleanupRegistry as CleanupRegistry
+    from stageflow.context.cleanup import cleanup_on_cancel as cleanup_on_cancel
+    from stageflow.context.cleanup import run_with_cleanup as run_with_cleanup
     from stageflow.context.identity import RunIdentity as RunIdentity
     from stageflow.context.inputs import StageInputs as StageInputs
+    from stageflow.context.pipeline_context import ExecutionContext as ExecutionContext
     from stageflow.context.pipeline_context import PipelineContext as PipelineContext
     from stageflow.context.snapshot import ContextSnapshot as ContextSnapshot
+    from stageflow.context.snapshot import Conversation as Conversation
+    from stageflow.context.snapshot import Enrichments as Enrichments
+    from stageflow.context.snapshot import ExtensionBundle as ExtensionBundle
+    from stageflow.context.snapshot import Message as Message
     from stageflow.context.stage_context import StageContext as StageContext
+    from stageflow.context.taskgroup import StructuredTaskGroup as StructuredTaskGroup
+    from stageflow.contracts.diff import ContractCompatibilityReport as ContractCompatibilityReport
+    from stageflow.contracts.registry import ContractMetadata as ContractMetadata
+    from stageflow.contracts.registry import ContractRegistry as ContractRegistry
+    from stageflow.contracts.registry import ContractVersionError as ContractVersionError
+    from stageflow.contracts.suggestions import ContractSuggestion as ContractSuggestion
+    from stageflow.contracts.suggestions import get_contract_suggestion as get_contract_suggestion
+    from stageflow.contracts.typed import TypedOutputConfig as TypedOutputConfig
+    from stageflow.contracts.typed import TypedStageOutput as TypedStageOutput
     from stageflow.core.errors import CircuitOpenError as CircuitOpenError
     from stageflow.core.errors import CollectTooLargeError as CollectTooLargeError
     from stageflow.core.errors import ContractErrorInfo as ContractErrorInfo
@@ -52,60 +71,114 @@ if TYPE_CHECKING:
     from stageflow.pipeline.builder import PipelineBuilder as PipelineBuilder
     from stageflow.pipeline.decorator import stage as stage
     from stageflow.pipeline.graph import StageGraph as StageGraph
+    from stageflow.pipeline.interceptors import BaseInterceptor as BaseInterceptor
+    from stageflow.pipeline.interceptors import CircuitBreaker as CircuitBreaker
+    from stageflow.pipeline.interceptors import ConcurrencyLimit as ConcurrencyLimit
+    from stageflow.pipeline.interceptors import ContextSizeInterceptor as ContextSizeInterceptor
+    from stageflow.pipeline.interceptors import ImmutabilityCheck as ImmutabilityCheck
+    from stageflow.pipeline.interceptors import InputsChangedError as InputsChangedError
+    from stageflow.pipeline.interceptors import Interceptor as Interceptor
+    from stageflow.pipeline.interceptors import InterceptorContext as InterceptorContext
+    from stageflow.pipeline.interceptors import LoggingInterceptor as LoggingInterceptor
+    from stageflow.pipeline.interceptors import MetricsInterceptor as MetricsInterceptor
+    from stageflow.pipeline.interceptors import RateLimit as RateLimit
+    from stageflow.pipeline.interceptors import TimeoutInterceptor as TimeoutInterceptor
     from stageflow.pipeline.plan import Plan as Plan
     from stageflow.pipeline.policies import BackoffStrategy as BackoffStrategy
     from stageflow.pipeline.policies import GuardRetryPolicy as GuardRetryPolicy
     from stageflow.pipeline.policies import IdempotencyConfig as IdempotencyConfig
     from stageflow.pipeline.policies import JitterStrategy as JitterStrategy
+    from stageflow.pipeline.policies import PolicyError as PolicyError
+    from stageflow.pipeline.policies import Rate as Rate
     from stageflow.pipeline.policies import Resources as Resources
     from stageflow.pipeline.policies import RetryConfig as RetryConfig
     from stageflow.runtime.config import EngineConfig as EngineConfig
     from stageflow.runtime.engine import Engine as Engine
+    from stageflow.runtime.failures import FailureCollector as FailureCollector
+    from stageflow.runtime.handles import RunHandle as RunHandle
     from stageflow.runtime.oneliner import map as map
+    from stageflow.runtime.result import Abandoned as Abandoned
+    from stageflow.runtime.result import FailureRecord as FailureRecord
     from stageflow.runtime.result import FailureSummary as FailureSummary
     from stageflow.runtime.result import RunResult as RunResult
     from stageflow.runtime.sequence import ItemSequence as ItemSequence
+    from stageflow.store.idempotency import IdempotencyStore as IdempotencyStore
+    from stageflow.store.idempotency import InMemoryIdempotencyStore as InMemoryIdempotencyStore
+    from stageflow.store.sqlite import SqliteIdempotencyStore as SqliteIdempotencyStore
 
 _HOME = {
+    "Abandoned": "runtime.result",
     "BackoffStrategy": "pipeline.policies",
+    "BaseInterceptor": "pipeline.interceptors",
     "CancellationToken": "context.cancellation",
+    "CircuitBreaker": "pipeline.interceptors",
     "CircuitOpenError": "core.errors",
+    "CleanupRegistry": "context.cleanup",
     "CollectTooLargeError": "core.errors",
+    "ConcurrencyLimit": "pipeline.interceptors",
+    "ContextBag": "context.bags",
+    "ContextSizeInterceptor": "pipeline.interceptors",
     "ContextSnapshot": "context.snapshot",
+    "ContractCompatibilityReport": "contracts.diff",
     "ContractErrorInfo": "core.errors",
+    "ContractMetadata": "contracts.registry",
+    "ContractRegistry": "contracts.registry",
+    "ContractSuggestion": "contracts.suggestions",
+    "ContractVersionError": "contracts.registry",
     "ContractViolationError": "core.errors",
+    "Conversation": "context.snapshot",
     "DROP": "core.kinds",
     "DataConflictError": "core.errors",
     "DefinitionError": "core.errors",
     "Engine": "runtime.engine",
     "EngineConfig": "runtime.config",
+    "Enrichments": "context.snapshot",
     "ErrorInfo": "core.output",
     "Event": "events.event",
     "EventSink": "events.sinks",
+    "ExecutionContext": "context.pipeline_context",
+    "ExtensionBundle": "context.snapshot",
+    "FailureCollector": "runtime.failures",
     "FailureMode": "core.kinds",
+    "FailureRecord": "runtime.result",
     "FailureSummary": "runtime.result",
     "GuardRetryPolicy": "pipeline.policies",
     "IdempotencyConfig": "pipeline.policies",
     "IdempotencyMismatchError": "core.errors",
+    "IdempotencyStore": "store.idempotency",
+    "ImmutabilityCheck": "pipeline.interceptors",
+    "InMemoryIdempotencyStore": "store.idempotency",
+    "InputsChangedError": "pipeline.interceptors",
+    "Interceptor": "pipeline.interceptors",
+    "InterceptorContext": "pipeline.interceptors",
     "InvariantError": "core.errors",
     "ItemSequence": "runtime.sequence",
     "JitterStrategy": "pipeline.policies",
     "Lane": "core.kinds",
     "LaneClosedError": "core.errors",
+    "LoggingInterceptor": "pipeline.interceptors",
+    "Message": "context.snapshot",
+    "MetricsInterceptor": "pipeline.interceptors",
     "NoProgressError": "core.errors",
     "NotShippableError": "core.errors",
+    "OutputBag": "context.bags",
     "OutputConflictError": "core.errors",
     "PipelineBuilder": "pipeline.builder",
     "PipelineContext": "context.pipeline_context",
     "PipelineValidationError": "core.errors",
     "Plan": "pipeline.plan",
+    "PolicyError": "pipeline.policies",
+    "Rate": "pipeline.policies",
+    "RateLimit": "pipeline.interceptors",
     "RemoteError": "core.failure",
     "ResourceError": "core.errors",
     "Resources": "pipeline.policies",
     "RetryConfig": "pipeline.policies",
+    "RunHandle": "runtime.handles",
     "RunIdentity": "context.identity",
     "RunResult": "runtime.result",
     "SharedMemoryFullError": "core.errors",
+    "SqliteIdempotencyStore": "store.sqlite",
     "Stage": "core.stage",
     "StageArtifact": "core.output",
     "StageCancelledError": "core.errors",
@@ -120,10 +193,17 @@ _HOME = {
     "StageStatus": "core.kinds",
     "StageTimeoutError": "core.errors",
     "StageflowError": "core.errors",
+    "StructuredTaskGroup": "context.taskgroup",
+    "TimeoutInterceptor": "pipeline.interceptors",
+    "TypedOutputConfig": "contracts.typed",
+    "TypedStageOutput": "contracts.typed",
     "UndeclaredDependencyError": "core.errors",
     "WorkerDiedError": "core.errors",
     "WorkerStartError": "core.errors",
+    "cleanup_on_cancel": "context.cleanup",
+    "get_contract_suggestion": "contracts.suggestions",
     "map": "runtime.oneliner",
+    "run_with_cleanup": "context.cleanup",
     "stage": "pipeline.decorator",
 }
 
