@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | quick | check | list | one`: see README.md of this folder."""
+"""`python -m benchmarks run | quick | check | where | list | one`: see README.md of this folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import gate, instructions, report, svg
+from benchmarks import gate, instructions, report, svg, where
 from benchmarks.harness import Outcome, Report, Row, Scenario, measure
 from benchmarks.noise import LIMIT, stolen
 from benchmarks.peers import HERE, ROOT, machine
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--no-scale", action="store_true", help="leave the simulation out")
     check.add_argument("--update", action="store_true", help="measure and write the baseline")
     check.add_argument("--no-instructions", action="store_true", help="leave valgrind out")
+    commands.add_parser("where", help="where the microseconds of a stage go")
     commands.add_parser("list", help="names of the scenarios")
     one = commands.add_parser("one", help="one scenario in this process, as JSON (used by the others)")
     one.add_argument("name")
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command == "list":
         for scenario in SCENARIOS.values():
             print(f"{scenario.name:20} {scenario.room:12} {', '.join(dict.fromkeys(row.id for row in scenario.rows))}")
+        return 0
+    if given.command == "where":
+        print(where.table(where.look()))
         return 0
     if given.command == "one":
         return _one(given)
@@ -182,6 +186,8 @@ def _write_readme(
     here: dict[str, Any], reports: list[Report], curves: dict[str, Any], scale: Scale | None, seconds: float
 ) -> None:
     sections = {"table": f"{report.machine_text(here, seconds)}\n\n{report.table(reports)}"}
+    if any(made.scenario == "stages" for made in reports):
+        sections["where"] = where.table(where.look())
     if curves:
         PLOT.write_text(
             svg.curves(report.panels(curves), title="Efficiency by task length (METG where it crosses 50 %)")

@@ -1,7 +1,7 @@
 """The suites of this folder run when they are asked for by name: `python -m pytest benchmarks`.
 
-Each room has a module of tests, ours and the peer in one group, so that pytest-benchmark's `--benchmark-compare`,
-`--benchmark-autosave` and `--benchmark-json` work as everywhere. They show; the gate and the verdicts are the command's.
+Each room has a module of tests, ours and the peer in one group, so that `--benchmark-compare`, `--benchmark-autosave`
+and `--benchmark-json` work as everywhere. They show; the gate and the verdicts are for the command.
 """
 
 import pytest
