@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from stageflow.core.kinds import FailureMode, Lane
+from stageflow.runtime.config import ENVIRONMENT
 
 #: the lanes that every stage can be forced into from outside; clusters need an address and a configuration
 LANES: Final = (Lane.INLINE, Lane.ASYNC, Lane.THREAD, Lane.PROCESS)
@@ -64,8 +65,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The given ones, by the names the engine has for them."""
+    """The given ones, by the names the engine has for them. An option wins over its environment variable."""
     config = {name: value for name, value in options.items() if value is not None}
+    for variable, name in ENVIRONMENT.items():
+        if name in config:
+            os.environ.pop(variable, None)
     limit = config.get("memory_limit")
     if isinstance(limit, str) and limit.replace(".", "", 1).isdigit():
         config["memory_limit"] = float(limit) if "." in limit else int(limit)

@@ -27,7 +27,7 @@ ASYNC_SLOTS: Final = 1024
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine works. Everything has a default; the STAGEFLOW_* variables override what is not given."""
+    """How an engine works. Everything has a default; the STAGEFLOW_* variables override what the code says."""
 
     #: worker processes; None = the cores this process may use (affinity and cgroup quota)
     processes: int | None = None
@@ -113,20 +113,27 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], **fields: Any) -> EngineConfig:
-        """The defaults, overridden by STAGEFLOW_* variables, overridden by `fields`."""
-        merged: dict[str, Any] = {}
-        for variable, name in ENVIRONMENT.items():
-            text = environment.get(variable)
-            if text is None or text == "" or name in fields:
-                continue
-            merged[name] = _from_text(variable, name, text)
-        merged.update(fields)
-        return cls(**merged)
+        """The defaults, overridden by `fields` (the author's), overridden by STAGEFLOW_* variables (the operator's)."""
+        return cls(**{**fields, **_given(environment)})
+
+    def overridden(self, environment: Mapping[str, str]) -> EngineConfig:
+        """This configuration with the STAGEFLOW_* variables applied."""
+        given = _given(environment)
+        return msgspec.structs.replace(self, **given) if given else self
 
     def memory_bytes(self, usable: int) -> int:
         """`memory_limit` in bytes, of `usable` bytes of memory."""
         limit = self.memory_limit
         return int(limit * usable) if isinstance(limit, float) else parse_size(limit)
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the STAGEFLOW_* variables say; DefinitionError for one that cannot be."""
+    return {
+        name: _from_text(variable, name, text)
+        for variable, name in ENVIRONMENT.items()
+        if (text := environment.get(variable))
+    }
 
 
 def _from_text(variable: str, name: str, text: str) -> Any:

@@ -128,7 +128,7 @@ class Engine:
             raise DefinitionError(
                 "give Engine either a configuration or keywords, not both", hint="EngineConfig(**keywords)"
             )
-        self.config = config if config is not None else EngineConfig.make(**fields)
+        self.config = config.overridden(os.environ) if config is not None else EngineConfig.make(**fields)
         self.clock: DriverClock = clock if clock is not None else RealClock()
         self._made_by = dict(lanes or {})
         self.events = FanOut(self.config.event_sinks, redact=self.config.redact)
