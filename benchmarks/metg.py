@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, Final
 
 from benchmarks.harness import Row, Scenario, Sides
@@ -27,7 +28,7 @@ from stageflow import PipelineBuilder, StageKind
 
 PATTERNS: Final = ("trivial", "no_comm", "stencil_1d", "fft", "tree", "random")
 WIDTH: Final = 8
-STEPS: Final = 12
+STEPS: Final = 8
 #: task lengths tried, in seconds, longest first
 GRAINS: Final = tuple(0.032 / 2**k for k in range(13))
 #: least wall time of one measurement: shorter ones are repeated
@@ -155,6 +156,7 @@ class Bench:
         self.tasks = sum(len(points) for points in cells)
         self.workers = workers
         self.curve: dict[float, list[float]] = {}
+        self.found: float | None = None
 
     def ideal(self, grain: float) -> float:
         """Seconds on bare cores. A tree is narrower than the machine at its root."""
@@ -181,24 +183,43 @@ class Bench:
         self.curve.setdefault(grain, []).append(found)
         return found
 
-    def metg(self, grains: Sequence[float] = GRAINS) -> float:
-        """Task length in seconds at which efficiency crosses one half, by bisection over `grains` and interpolation."""
-        low, high = 0, len(grains) - 1
-        at: dict[int, float] = {low: self.efficiency(grains[low])}
-        if at[low] < 0.5:
-            return grains[low] * 0.5 / max(at[low], 1e-6)
-        at[high] = self.efficiency(grains[high])
-        if at[high] >= 0.5:
-            return grains[high]
-        while high - low > 1:
-            middle = (low + high) // 2
-            at[middle] = self.efficiency(grains[middle])
-            if at[middle] >= 0.5:
-                low = middle
-            else:
-                high = middle
-        share = (at[low] - 0.5) / (at[low] - at[high])
-        return math.exp(math.log(grains[low]) + share * (math.log(grains[high]) - math.log(grains[low])))
+    def metg(self) -> float:
+        """Task length in seconds at which efficiency crosses one half. The first call sweeps all of GRAINS, for the
+        curve; later ones look around where the last one found it."""
+        if self.found is None:
+            return self._sweep()
+        near = min(range(len(GRAINS)), key=lambda i: abs(math.log(GRAINS[i] / (self.found or 1.0))))
+        at = {near: self.efficiency(GRAINS[near])}
+        step = -1 if at[near] < 0.5 else 1  # towards longer tasks, or shorter ones
+        here = near
+        while (at[here] < 0.5) == (step < 0) and 0 <= here + step < len(GRAINS):
+            here += step
+            at[here] = self.efficiency(GRAINS[here])
+        self.found = _crossing([(GRAINS[i], at[i]) for i in at])
+        return self.found
+
+    def _sweep(self) -> float:
+        points = []
+        for grain in GRAINS:
+            points.append((grain, self.efficiency(grain)))
+            if points[-1][1] < 0.1 and len(points) > 2:
+                break
+        self.found = _crossing(points)
+        return self.found
+
+
+def _crossing(points: Sequence[tuple[float, float]]) -> float:
+    """Where a curve of (seconds, efficiency) crosses one half, interpolated on the logarithm of the seconds.
+
+    Beyond its ends, efficiency is taken to be proportional to the task length.
+    """
+    ordered = sorted(points, reverse=True)
+    for (longer, high), (shorter, low) in pairwise(ordered):
+        if high >= 0.5 > low:
+            share = (high - 0.5) / (high - low)
+            return math.exp(math.log(longer) + share * (math.log(shorter) - math.log(longer)))
+    grain, share = ordered[-1] if ordered[-1][1] >= 0.5 else ordered[0]
+    return grain * 0.5 / max(share, 1e-6)
 
 
 @contextmanager

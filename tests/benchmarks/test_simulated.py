@@ -74,7 +74,12 @@ def test_metg_is_where_efficiency_crosses_one_half(monkeypatch):
     bench = metg.Bench(lambda cells, loops: None, metg.grid("trivial"), speed=1e7)
     overhead = 0.0007
     monkeypatch.setattr(bench, "efficiency", lambda grain: grain / (grain + overhead))
-    assert bench.metg() == pytest.approx(overhead, rel=0.1)
+    assert bench.metg() == pytest.approx(overhead, rel=0.1)  # by a sweep
+    assert bench.metg() == pytest.approx(overhead, rel=0.1)  # from there
+    overhead = 0.005
+    assert bench.metg() == pytest.approx(overhead, rel=0.1)  # it has moved
+    overhead = 1e-7
+    assert bench.metg() < metg.GRAINS[-1]
 
 
 def test_the_plot_has_a_line_for_every_system():
