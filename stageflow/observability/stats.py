@@ -550,7 +550,7 @@ class StatsFold:
 
     def names(self) -> list[str]:
         """Every stage, in the graph's order; those met only in events come last."""
-        listed = list(self.stages)
+        listed = list(self.stages) or [spec.name for spec in self._stages[0]]
         if self.tallies:
             known = set(listed)
             listed.extend(name for name in self.tallies if name not in known)
@@ -559,6 +559,10 @@ class StatsFold:
     def stats_of(self, stage: str, now_ns: int = 0) -> StageStats:
         """The numbers of one stage; `now_ns` (Unix) gives a running stage its wall time so far."""
         tally = self.tallies.get(stage)
+        if not self.kinds and self._stages[0]:  # nobody listened, so no event has said it
+            specs, lanes = self._stages
+            self.kinds = {spec.name: str(spec.kind) for spec in specs}
+            self.lanes = {spec.name: str(on) for spec, on in zip(specs, lanes, strict=False)}
         lane = self.lanes.get(stage, "")
         kind = self.kinds.get(stage, "")
         if tally is None:

@@ -66,6 +66,7 @@ class Running(msgspec.Struct, eq=False):
     since: float
     claim: Any = None
     timeout: float | None = None  # the limit that was used up
+    at: float = 0.0  # where the parts of a block that came back end
     children: set[int] | None = None  # runs it has started
 
 
@@ -894,6 +895,9 @@ class Driver:
         meta = outcome.meta
         if outcome.kind == OutcomeKind.OK and meta is not None:
             meta = part.done = _done(meta)
+            # a block is one call, each of its parts begins where the one before it ended
+            begun = max(outcome.started, running.at) or self.clock.monotonic() - meta.seconds
+            part.started, running.at = begun, begun + meta.seconds
             if outcome.value is not None and _survivors(meta):
                 part.handle, part.nbytes = self._hold(job, action.lane, outcome)
             if meta.failures:

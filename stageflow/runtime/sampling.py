@@ -149,7 +149,7 @@ def _parked(machine: Machine, run: Run) -> dict[int, str]:
     found: dict[int, str] = {}
     for reason, entries in machine.admission.parked.items():
         text = _LIMITS.get(reason[0]) or f"token {reason[1]}"
-        for entry in entries[:_MOST_QUEUED]:
+        for _, entry in entries[:_MOST_QUEUED]:
             if entry[4] is run:
                 found[entry[5]] = text
     return found
@@ -177,9 +177,7 @@ def _why(machine: Machine, run: Run, stream: Stream, job: Job) -> str | None:
         return "its next attempt"
     if layout.roles[stream.stage] == Role.REDUCE or layout.elements.get(stream.stage):
         slow = [
-            specs[producer].name
-            for producer in layout.elements.get(stream.stage, ())
-            if run.state[producer] < ENDED
+            specs[producer].name for producer in layout.elements.get(stream.stage, ()) if run.state[producer] < ENDED
         ]
         if slow:
             return f"items of {', '.join(slow[:3])}"

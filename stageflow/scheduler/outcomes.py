@@ -115,22 +115,23 @@ class OutcomeRules:
         self._stage_over(run, stage)
 
     def _attempt_event(self: Machine, task: Task, signal: sig.AttemptEnded, status: str) -> None:
-        if task.run.listening:
-            self._emit(
-                "stage.attempt",
-                task.run,
-                task.stage,
-                attempt=task.attempt,
-                data={
-                    "status": status,
-                    "seconds": signal.seconds,
-                    "cpu_seconds": signal.cpu_seconds,
-                    "bytes_in": signal.bytes_in,
-                    "bytes_out": signal.nbytes,
-                    "worker_pid": signal.worker_pid,
-                    "started": signal.started,
-                },
-            )
+        if not task.run.listening and status == "ok":
+            return  # `stage.completed` says the same; what ended otherwise is in the run's numbers in any case
+        self._emit(
+            "stage.attempt",
+            task.run,
+            task.stage,
+            attempt=task.attempt,
+            data={
+                "status": status,
+                "seconds": signal.seconds,
+                "cpu_seconds": signal.cpu_seconds,
+                "bytes_in": signal.bytes_in,
+                "bytes_out": signal.nbytes,
+                "worker_pid": signal.worker_pid,
+                "started": signal.started,
+            },
+        )
 
     # ------------------------------------------------------------ failures
 

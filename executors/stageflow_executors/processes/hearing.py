@@ -155,6 +155,7 @@ class Hearing(Lending):
         task = lent.tasks.get(call_id)
         if task is not None:
             value = self._value(encoded, nbytes) if has_value else None
+            running, _, started = lent.handle.page.running()
             task.deliver(
                 Outcome(
                     call_id,
@@ -163,6 +164,7 @@ class Hearing(Lending):
                     self._meta(meta),
                     final=False,
                     worker_pid=lent.handle.pid,
+                    started=started / 1e9 if running == call_id else 0.0,
                     bytes_out=nbytes,
                 )
             )
