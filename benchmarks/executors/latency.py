@@ -1,5 +1,4 @@
-"""L1: a no-op's round trip; P5: a 1 KB array in and out. Beside concurrent.futures.ProcessPoolExecutor in the same run.
-"""
+"""L1: a no-op's round trip; P5: a 1 KB array in and out. Beside the standard pool in the same run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""T1: 20,000 no-ops with a future each; T3: tasks of 1 ms and mixed tasks. Beside the standard's pool in the same run.
-"""
+"""T1: 20,000 no-ops with a future each; T3: tasks of 1 ms and mixed tasks. Beside the standard's pool."""
 
 from __future__ import annotations
 

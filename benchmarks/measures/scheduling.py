@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.graphs import CountingSink, chain, fan_out, floor, layered
 from benchmarks.harness import Row, Scenario, Sides
 from benchmarks.measures.common import cpu_timed, engine_on_loop, enter
-from benchmarks.peers import HERE, ROOT, stageflow_core
+from benchmarks.peers import HERE, ROOT, Service, stageflow_core
 
 SHAPES = ("chain 1,000", "fan-out 1,000", "layered 100x100")
 
@@ -43,6 +43,10 @@ def _runs(runner: Any, engine: Any, graph: Any, sinks: Callable[[], tuple[Any, .
 
 def _floor(runner: Any, graph: Any) -> None:
     runner.run(floor(graph.deps, graph.dependents))
+
+
+def _ask_core(service: Service, asked: dict[str, Any]) -> float:
+    return float(service.ask(**asked)["seconds"])
 
 
 def _nobody() -> tuple[Any, ...]:
@@ -106,7 +110,7 @@ def _core(scale: float) -> Iterator[Sides]:
             if service is not None:
                 kind = shape.partition(" ")[0]
                 asked = {"shape": kind, "size": len(graph), "width": 100}
-                sides.add(f"{key}_core", lambda asked=asked: float(service.ask(**asked)["seconds"]))
+                sides.add(f"{key}_core", partial(_ask_core, service, asked))
         yield sides
 
 
