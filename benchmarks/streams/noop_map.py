@@ -1,7 +1,7 @@
 """Items per second of a `.map` of no-ops, beside `multiprocessing.Pool.map` with its default chunks, interleaved.
 
-`python benchmarks/streams/noop_map.py [items] [pairs]` prints the median of the pairwise ratios (ours / theirs, higher is
-better) by wall time and by CPU time of the whole process tree; the second is the one to trust on a busy machine.
+`python benchmarks/streams/noop_map.py [items] [pairs]` prints the median of the pairwise ratios (ours / theirs, higher
+is better) by wall time and by CPU time of the whole process tree; the second is the one to trust on a busy machine.
 """
 
 from __future__ import annotations
