@@ -17,6 +17,7 @@ from stageflow.pipeline.checks import checked_annotation
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.placement import place
 from stageflow.pipeline.spec import Role, StageSpec
+from stageflow.runtime.paths import nested_stages
 from stageflow.scheduler.layout import Layout
 
 #: role -> the word for it in `run.started`
@@ -71,6 +72,7 @@ class GraphCode:
         "lanes",
         "layout",
         "needed",
+        "nested",
         "routes",
     )
 
@@ -97,6 +99,8 @@ class GraphCode:
                 found = cache[key] = _able(spec, chosen, nested)
             self.lanes.append(found)
         self.layout = Layout(graph, self.lanes)
+        #: stages whose items have paths of more than one number
+        self.nested = nested_stages(graph, self.layout.elements)
         #: lanes that have to be open before a run
         self.needed = tuple(dict.fromkeys(self.lanes))
         self._codes: dict[int, StageCode] = {}

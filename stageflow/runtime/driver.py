@@ -35,6 +35,7 @@ from stageflow.runtime.clock import DriverClock
 from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import KEPT_FAILURES, Job
+from stageflow.runtime.paths import located, of_block, of_results, of_segment
 from stageflow.runtime.result import Abandoned, FailureRecord
 from stageflow.runtime.sampling import Sampler
 from stageflow.runtime.sequence import Values
@@ -507,6 +508,11 @@ class Driver:
             code = job.code.stage(action.stage)
             commons = self._values(job, code.sources, lane, executor)
             pieces, lists = self._pieces(job, action.segments, len(commons), lane)
+            if job.code.nested and action.stage in job.code.nested and code.program.plan.wants_ctx:
+                pieces = tuple(
+                    msgspec.structs.replace(piece, paths=tuple(p for _, p in of_segment(segment, job.book.handles)))
+                    for piece, segment in zip(pieces, action.segments, strict=True)
+                )
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
             header = self._header(job, action, spec)
             shipped = code.call(lane, job.trace)
@@ -900,6 +906,8 @@ class Driver:
             part.started, running.at = begun, begun + meta.seconds
             if outcome.value is not None and _survivors(meta):
                 part.handle, part.nbytes = self._hold(job, action.lane, outcome)
+            if job.code.nested or meta.counts is not None:
+                meta = self._trace(running, part, meta)
             if meta.failures:
                 if job.listening:
                     self.failing.note(job, action)
@@ -907,6 +915,21 @@ class Driver:
         elif outcome.kind != OutcomeKind.OK:
             self._block_failed(running, part, outcome)
         self.signal(part)
+
+    def _trace(self, running: Any, part: sig.BlockPart, meta: Done) -> Done:
+        """Keep the paths of items that a flat-map gave, and of what became of them; name failures by them."""
+        job, action = running.job, running.action
+        nested = action.stage in job.code.nested
+        if not nested and meta.counts is None:
+            return meta
+        handles = job.book.handles
+        known = of_block(action.segments, handles)
+        if part.handle and (meta.counts is not None or job.code.layout.readers.get(action.stage)):
+            handles[part.handle].paths = of_results(known, meta)
+        if nested and meta.failures:
+            failures = tuple(located(failure, known.get(failure.index, failure.path)) for failure in meta.failures)
+            meta = part.done = msgspec.structs.replace(meta, failures=failures)
+        return meta
 
     def _hold(self, job: Job, lane: str, outcome: Outcome) -> tuple[int, int]:
         self._next_handle = handle = self._next_handle + 1

@@ -11,13 +11,14 @@ from typing import Any, overload
 class Values:
     """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
 
-    __slots__ = ("_count", "_payload", "_values", "kept", "nbytes")
+    __slots__ = ("_count", "_payload", "_values", "kept", "nbytes", "paths")
 
     def __init__(self, values: list[Any] | None, payload: Any = None, nbytes: int = 0, count: int = -1) -> None:
         self._values = values
         self._payload = payload
         self._count = count
         self.nbytes = nbytes
+        self.paths: list[tuple[int, ...]] | None = None  # of the items, where their index does not say it
         self.kept = False  # until the run ends: then what was decoded is not held beside the encoded form
 
     def __len__(self) -> int:

@@ -20,7 +20,8 @@ CHUNK_SECONDS: Final = 0.002  # items are handed on at least this often
 CHUNK_ITEMS: Final = 1024
 CHUNK_BYTES: Final = 4 << 20
 
-CROSSING_BYTES: Final = 256 << 10  # the same for items that another process reads: each list is decoded as a whole
+#: from here on items that another process reads are encoded by the thread that made them
+CROSSING_BYTES: Final = 64 << 10
 LAID_ITEMS: Final = 1024  # elements of a sequence that are laid out at once while they weigh next to nothing
 LAID_BYTES: Final = 64 << 10
 
@@ -118,6 +119,11 @@ class ThreadSource:
         self._begin = begin
         self._encode = encode
         self._room = 0
+        self._items: list[Any] = []  # given by the iterator, not handed on yet
+        self._weight = 0
+        self._since = 0.0
+        self._chunks: list[tuple[Any, int, float, bool]] = []  # encoded in this thread
+        self._woken = False
         self._arrived = arrived
         self._ended = ended
         self._loop = loop
@@ -161,9 +167,28 @@ class ThreadSource:
             self._over = True
             self._ended(error)
 
-    def _give(self, items: Any, nbytes: int, seconds: float, enough: bool) -> None:
-        if not self._over:
-            self._arrived(items, nbytes, seconds, enough)
+    def _hand_on(self) -> None:
+        """On the loop: take what is there, also while the iterator is inside a long `next`."""
+        with self._turn:
+            self._woken = False
+            chunks, self._chunks = self._chunks, []
+            if self._items:
+                chunks.append(self._take())
+        for chunk in chunks:
+            if not self._over:
+                self._arrived(*chunk)
+
+    def _take(self) -> tuple[Any, int, float, bool]:
+        """The items so far as one chunk. With the lock held."""
+        items, self._items = self._items, []
+        weight, self._weight = self._weight, 0
+        enough = bool(self._room) and weight >= self._room
+        self._credit = 0 if enough else self._credit - len(items)
+        if self._room:
+            self._room = max(1, self._room - weight)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return items, weight, seconds, enough
 
     def _drive(self) -> None:
         iterator: Any = None
@@ -182,57 +207,52 @@ class ThreadSource:
                 if close is not None:
                     close()
             except BaseException as raised:
-                if error is None:
-                    error = raised
+                error = raised if error is None else error
             finish_context(ctx)
         self._post(self._end, error)
 
     def _round(self, iterator: Iterator[Any]) -> bool:
-        """Wait for credit, then give one chunk; False at the end."""
-        with self._turn:
+        """Wait for credit, then spend it; False at the end."""
+        turn = self._turn
+        with turn:
             while self._credit <= 0 and not self._stopped:
-                self._turn.wait()
+                turn.wait()
             if self._stopped:
                 return False
-            credit, room = self._credit, self._room
-        items: list[Any] = []
-        started = time.perf_counter()
-        more = True
-        nbytes = 0
-        most = CROSSING_BYTES if self._encode is not None else CHUNK_BYTES
-        error: BaseException | None = None
-        while len(items) < min(credit, CHUNK_ITEMS):
-            try:
+        self._since = time.perf_counter()
+        try:
+            while True:
                 item = next(iterator)
-            except StopIteration:
-                more = False
-                break
-            except BaseException as raised:  # what it gave before it failed is not lost
-                error = raised
-                break
-            items.append(item)
-            nbytes += sized(item)
-            item = None
-            if self._stopped or nbytes > most or (room and nbytes >= room):
-                break
-            if time.perf_counter() - started > CHUNK_SECONDS:
-                break
-        seconds = time.perf_counter() - started
-        enough = bool(room) and nbytes >= room
-        count = len(items)
-        given: Any = items
-        if self._encode is not None and count:
-            given = self._encode(items, nbytes)
-            items = []
-        with self._turn:
-            self._credit = 0 if enough else self._credit - count
-            if room:
-                self._room = max(1, room - nbytes)
-        if count:
-            self._post(self._give, given, nbytes, seconds, enough)
-        if error is not None:
-            raise error
-        return more and not self._stopped
+                nbytes = sized(item)
+                with turn:
+                    self._items.append(item)
+                    self._weight += nbytes
+                    item = None
+                    wake = not self._woken
+                    self._woken = True
+                    chunk = self._take() if self._encode is not None and self._weight >= CROSSING_BYTES else None
+                    spent = self._stopped or len(self._items) >= self._credit
+                    spent = spent or bool(self._room and self._weight >= self._room) or bool(chunk and chunk[3])
+                if chunk is not None and self._encode is not None:
+                    encoded = (self._encode(chunk[0], chunk[1]), *chunk[1:])
+                    chunk = None
+                    with turn:
+                        self._chunks.append(encoded)
+                        wake = wake or not self._woken
+                        self._woken = True
+                if wake:
+                    self._post(self._hand_on)
+                if spent:
+                    break
+        except StopIteration:
+            return False
+        finally:
+            if self._items or self._chunks:
+                self._post(self._hand_on)
+        with turn:
+            if self._items and (len(self._items) >= self._credit or (self._room and self._weight >= self._room)):
+                self._chunks.append(self._take())
+        return not self._stopped
 
 
 class TaskSource:
@@ -251,6 +271,10 @@ class TaskSource:
         self._credit = 0
         self._room = 0
         self._over = False
+        self._items: list[Any] = []
+        self._weight = 0
+        self._since = 0.0
+        self._loop = loop
         self._wake = asyncio.Event()
         self._task = loop.create_task(self._drive())
         self._task.add_done_callback(self._left)
@@ -302,36 +326,37 @@ class TaskSource:
                 self._ended(error)
 
     async def _round(self, step: Any) -> bool:
-        items: list[Any] = []
-        started = time.perf_counter()
-        nbytes = 0
+        self._since = time.perf_counter()
         try:
-            while len(items) < min(self._credit, CHUNK_ITEMS):
+            while len(self._items) < min(self._credit, CHUNK_ITEMS):
                 item = await step.__anext__()
-                items.append(item)
-                nbytes += sized(item)
+                if not self._items:
+                    self._loop.call_soon(self._hand_on)  # while the next one is awaited
+                self._items.append(item)
+                self._weight += sized(item)
                 item = None
-                if time.perf_counter() - started > CHUNK_SECONDS or nbytes > CHUNK_BYTES:
+                if time.perf_counter() - self._since > CHUNK_SECONDS or self._weight > CHUNK_BYTES:
                     break
-                if self._room and nbytes >= self._room:
+                if self._room and self._weight >= self._room:
                     break
         except StopAsyncIteration:
-            self._hand_on(items, nbytes, started)
             return False
-        except BaseException:  # what it gave before it failed is not lost
-            self._hand_on(items, nbytes, started)
-            raise
-        self._hand_on(items, nbytes, started)
+        finally:  # what it gave before it failed is not lost
+            self._hand_on()
         return True
 
-    def _hand_on(self, items: list[Any], nbytes: int, started: float) -> None:
+    def _hand_on(self) -> None:
+        items, self._items = self._items, []
         if not items:
             return
-        enough = bool(self._room) and nbytes >= self._room
+        weight, self._weight = self._weight, 0
+        enough = bool(self._room) and weight >= self._room
         self._credit = 0 if enough else self._credit - len(items)
         if self._room:
-            self._room = max(1, self._room - nbytes)
-        self._arrived(items, nbytes, time.perf_counter() - started, enough)
+            self._room = max(1, self._room - weight)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._arrived(items, weight, seconds, enough)
 
 
 class InlineSource:
