@@ -8,7 +8,7 @@ import decimal
 import enum
 import gc
 import pickle
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -40,6 +40,10 @@ class Nested(msgspec.Struct, frozen=True):
 class Open(msgspec.Struct):
     anything: Any
     many: list[int]
+
+
+class Positive(msgspec.Struct):
+    n: Annotated[int, msgspec.Meta(gt=0)]
 
 
 class Base(msgspec.Struct):
@@ -74,7 +78,9 @@ VALUES: list[Any] = [
     collections.defaultdict(list, {1: [2]}), collections.OrderedDict(a=1), datetime.datetime.now(datetime.UTC),
     decimal.Decimal("1.10"), range(3), Closed("a"), Closed("a", 2, 1.5), [Closed("a"), Closed("b", 1)],
     Nested(Closed("x"), True), Open((1, 2), [3]), Open({1: 2}, []), Derived(1, 2), Base(1), [Base(1), Derived(1, 2)],
-    Closed("wrong", "str"), Closed("a", True), Closed(Name("n")), "x" * 300_000, "ü" * 300_000, b"y" * 300_000,
+    Closed("wrong", "str"), Closed("a", True), Closed(Name("n")), Closed("a", 1, 2), Closed("a", Colour.RED),
+    [Closed("a"), Closed("b", 1, 2)], [Closed("a"), Base(1)], Nested(Closed("x", 1, 3), True), Positive(3), Positive(-3),
+    "x" * 300_000, "ü" * 300_000, b"y" * 300_000,
     bytearray(b"z" * 300_000), ["w" * 300_000, b"v" * 300_000], {"deep": [b"u" * 100_000]}, list(range(100_000)),
 ]  # fmt: skip
 ARRAYS: list[Any] = [

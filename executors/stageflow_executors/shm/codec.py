@@ -18,7 +18,7 @@ import pickle
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -101,16 +101,11 @@ def encode(value: Any, memory: Memory, threshold: int) -> Result:
     elif kind is memoryview:
         return _memoryview(value, memory, threshold)
     elif issubclass(kind, msgspec.Struct):
-        if is_closed(kind) and (data := _typed(value, kind, kind)) is not None:
+        if is_closed(kind) and (data := _typed((value,), kind, value)) is not None:
             return _laid(STRUCT, data, memory, threshold, _type_pickle(kind))
     elif kind is list:
-        if (
-            value
-            and issubclass(first := type(value[0]), msgspec.Struct)
-            and is_closed(first)
-            and _all_are(value, first)
-        ):
-            if (data := _typed(value, first, list[first])) is not None:  # type: ignore[valid-type]
+        if value and issubclass(first := type(value[0]), msgspec.Struct) and is_closed(first):
+            if (data := _typed(value, first, value)) is not None:
                 return _laid(STRUCTS, data, memory, threshold, _type_pickle(first))
     else:
         numpy = sys.modules.get("numpy")
@@ -363,7 +358,7 @@ def _judge(cls: type) -> bool:
     if any(name in cls.__dict__ for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")):
         return False
     try:
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)  # a constraint could refuse what was held
         fields = msgspec.structs.fields(cls)
     except Exception:
         return False
@@ -389,20 +384,52 @@ def _mentions(cls: type, other: type) -> bool:
         return True
 
 
-def _all_are(values: list[Any], cls: type) -> bool:
-    return set(map(type, values)) == {cls}
+_Check = Callable[[Iterable[Any], list[Any]], bool]
+_checks: dict[type, _Check] = {}
 
 
-def _typed(value: Any, cls: type, target: Any) -> bytes | None:
-    """`value` as typed msgpack, or None if it would not come back (a field holds what it was not declared for)."""
+def _check_of(cls: type) -> _Check:
+    """A function (values, nested) -> do all fields of all values hold exactly what they were declared for? It appends
+    Structs it found in fields to `nested`. Written out per class: it runs once per record, and saves decoding it again.
+    """
+    check = _checks.get(cls)
+    if check is None:
+        scope: dict[str, Any] = {"cls": cls}
+        lines = ["def check(values, nested):", " for value in values:", "  if type(value) is not cls: return False"]
+        for number, (name, hint) in enumerate(typing.get_type_hints(cls).items()):
+            if name not in cls.__struct_fields__:  # type: ignore[attr-defined]
+                continue
+            kinds = typing.get_args(hint) or (hint if hint is not None else type(None),)
+            structs = [kind for kind in kinds if kind not in _SCALARS]
+            scope[f"kind{number}"] = kinds[0] if len(kinds) == 1 else frozenset(kinds)
+            differs = "is not" if len(kinds) == 1 else "not in"
+            lines.append(f"  if type(value.{name}) {differs} kind{number}: return False")
+            if structs:
+                scope[f"struct{number}"] = structs[0]
+                lines.append(f"  if type(value.{name}) is struct{number}: nested.append(value.{name})")
+        exec("\n".join([*lines, " return True"]), scope)
+        check = _checks[cls] = scope["check"]
+    return check
+
+
+def _exact(values: Iterable[Any], cls: type) -> bool:
+    """Are all of `values` a `cls`, and all that they hold of the declared types, no int in a float's place?"""
+    nested: list[Any] = []
+    found = _check_of(cls)(values, nested)
+    while found and nested:
+        inner, nested = nested, []
+        found = all(_check_of(type(one))((one,), nested) for one in inner)
+    return found
+
+
+def _typed(values: Iterable[Any], cls: type, message: Any) -> bytes | None:
+    """`message` (one of `values`, or all) as typed msgpack, or None if it would not come back as it was."""
     if _type_pickle(cls) == b"":
         return None
     try:
-        data = _to_msgpack(value)
-        _decoder(target).decode(data)
+        return _to_msgpack(message) if _exact(values, cls) else None
     except Exception:
         return None
-    return data
 
 
 def _decoder(target: Any) -> msgspec.msgpack.Decoder[Any]:
