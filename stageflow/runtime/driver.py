@@ -102,6 +102,7 @@ class Driver:
         self._signals: list[Any] = []
         self._scheduled = False
         self._turning = False
+        self.broken = False
         self._timers: dict[int, tuple[Any, float, int]] = {}
         self._next_run = 0
         self._next_handle = 0
@@ -189,7 +190,8 @@ class Driver:
             self.clock.settled(self.loop, len(self.running))
 
     def _broken(self, error: BaseException) -> None:
-        """A bug of ours: end every run with it rather than hang."""
+        """A bug of ours: end every run with it rather than hang. The engine uses another driver from now on."""
+        self.broken = True
         _log.error("the scheduler failed; every run on this loop ends", exc_info=error)
         for job in list(self.jobs.values()):
             if not job.finished.done():

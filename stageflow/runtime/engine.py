@@ -12,30 +12,31 @@ import threading
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from stageflow.context.cancellation import CancellationToken
 from stageflow.context.identity import RunIdentity, new_run_id
-from stageflow.context.pipeline_context import PipelineContext
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, LaneClosedError
 from stageflow.core.executor import Executor
 from stageflow.core.kinds import FailureMode
-from stageflow.events.fanout import FanOut
-from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.names import did_you_mean
 from stageflow.runtime.clock import DriverClock, RealClock
-from stageflow.runtime.code import GraphCode, code_of, forget_code
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
-from stageflow.runtime.driver import Driver
-from stageflow.runtime.handles import ContextSink, RunHandle, fill_context
-from stageflow.runtime.interrupt import Interrupt
-from stageflow.runtime.job import Job
-from stageflow.runtime.result import RunResult
-from stageflow.runtime.streaming import stream_runs
-from stageflow.scheduler.machine import Machine
+
+# What runs a graph (driver, scheduler, lanes, events) is imported by the methods that need it: a script that only builds
+# a pipeline, or is still parsing its arguments, does not wait for it.
+if TYPE_CHECKING:
+    from stageflow.context.pipeline_context import PipelineContext
+    from stageflow.events.fanout import FanOut
+    from stageflow.pipeline.graph import StageGraph
+    from stageflow.runtime.code import GraphCode
+    from stageflow.runtime.driver import Driver
+    from stageflow.runtime.handles import RunHandle
+    from stageflow.runtime.job import Job
+    from stageflow.runtime.result import RunResult
 
 #: lane -> where its executor is. Loaded by name, on first use: the engine never imports an executor
 LANES: Final[Mapping[str, str]] = {
@@ -131,6 +132,8 @@ class Engine:
         self.config = config.overridden(os.environ) if config is not None else EngineConfig.make(**fields)
         self.clock: DriverClock = clock if clock is not None else RealClock()
         self._made_by = dict(lanes or {})
+        from stageflow.events.fanout import FanOut
+
         self.events = FanOut(self.config.event_sinks, redact=self.config.redact)
         self.closed = False
         self._scope = next(_scopes)
@@ -176,6 +179,8 @@ class Engine:
         config = self.config
         placement: Mapping[str, str] = config.placement
         self._graphs.add(graph)
+        from stageflow.runtime.code import code_of
+
         made = code_of(
             graph,
             placement=placement,
@@ -216,6 +221,9 @@ class Engine:
             state = self._states.get(id(loop))
             if state is not None and state.loop is loop:
                 return state
+            from stageflow.runtime.driver import Driver
+            from stageflow.scheduler.machine import Machine
+
             machine = Machine(
                 self.slots(),
                 tokens=self.config.tokens,
@@ -314,6 +322,12 @@ class Engine:
     ) -> tuple[_LoopState, Job]:
         """Start a run on the running loop; `job.finished` has its result."""
         state = self._state()
+        if state.driver.broken:
+            # its books are not to be trusted any more; the workers are
+            held = state.held
+            await self._close_state(state)
+            state = self._state()
+            state.held = held
         code = self.code(graph)
         ready = self._snapshot(graph, inputs, snapshot, options)
         for spec in graph.specs if state.driver.machine.admission.total_tokens or code.layout.has_resources else ():
