@@ -146,6 +146,7 @@ class Engine:
         self._slots: dict[str, int] | None = None
         self._graphs: weakref.WeakSet[StageGraph] = weakref.WeakSet()
         self._around: Any = None
+        self._exporter: Any = None  # of OpenTelemetry, where the program has set up providers
         self._started: set[asyncio.Task[RunResult]] = set()  # runs begun by `start`
 
     # ------------------------------------------------------------ what it has
@@ -321,6 +322,9 @@ class Engine:
         depth: int = 0,
     ) -> tuple[_LoopState, Job]:
         """Start a run on the running loop; `job.finished` has its result."""
+        from stageflow.events.fanout import FanOut
+        from stageflow.runtime.job import Job
+
         state = self._state()
         if state.driver.broken:
             # its books are not to be trusted any more; the workers are
@@ -336,6 +340,7 @@ class Engine:
         try:
             await self._open_lanes(state, code.needed)
             sinks = FanOut(options.event_sinks, redact=self.config.redact) if options.event_sinks else None
+            self._export(sinks, ready.run_id.pipeline_run_id)
             mode = options.failure_mode or self.config.failure_mode
             seed = options.seed
 
@@ -362,6 +367,17 @@ class Engine:
         except BaseException:
             state.active -= 1
             raise
+
+    def _export(self, sinks: FanOut | None, run_id: str | None) -> None:
+        """Give every run to the OpenTelemetry providers that the program has set up, unless a sink of its own does."""
+        if self._exporter is None and not self._in_worker:
+            found = configured_sink()
+            if found is not None and not any(getattr(sink, "exports", False) for sink in self.events.sinks):
+                self._exporter = found
+                self.events.add(found)
+        if self._exporter is not None and sinks is not None:
+            if any(getattr(sink, "exports", False) for sink in sinks.sinks):
+                self._exporter.leave(run_id)
 
     async def end(self, state: _LoopState, job: Job) -> None:
         """The caller has the result: drain the run's sinks, and give the lanes back where nobody else uses them."""
@@ -406,6 +422,8 @@ class Engine:
         task = state.loop.create_task(self._to_end(state, job, ctx))
         self._started.add(task)
         task.add_done_callback(self._started.discard)
+        from stageflow.runtime.handles import RunHandle
+
         return RunHandle(state.driver, job, task)
 
     async def _to_end(self, state: _LoopState, job: Job, ctx: PipelineContext | None) -> RunResult:
@@ -415,6 +433,8 @@ class Engine:
         finally:
             await self.end(state, job)
         if ctx is not None:
+            from stageflow.runtime.handles import fill_context
+
             fill_context(ctx, result)
         return result
 
@@ -465,6 +485,8 @@ class Engine:
     ) -> RunResult:
         state, job = await self.begin(graph, inputs, snapshot=snapshot, options=options, **origin)
         try:
+            from stageflow.runtime.interrupt import Interrupt
+
             with Interrupt(
                 asyncio.get_running_loop(), lambda reason, force: state.driver.cancel(job, reason, force=force)
             ) as stop:
@@ -518,6 +540,8 @@ class Engine:
         `index`."""
         chosen = RunOptions.make(_only_run_keys(options))
         most = max_in_flight or chosen.max_in_flight or self.config.max_in_flight or max(8, 2 * self.slots()["process"])
+        from stageflow.runtime.streaming import stream_runs
+
         return stream_runs(self, graph, snapshots, ordered=ordered, most=most, options=chosen)
 
     def run_many(
@@ -608,6 +632,8 @@ class Engine:
 
         close_all(self._scope)
         for graph in list(self._graphs):
+            from stageflow.runtime.code import forget_code
+
             forget_code(graph, self._scope)
         self.events.close()
 
@@ -743,6 +769,8 @@ def _from_context(
     if options.token is None and isinstance(token, CancellationToken):
         options = msgspec.structs.replace(options, token=token)
     if ctx.emits:
+        from stageflow.runtime.handles import ContextSink
+
         options = msgspec.structs.replace(options, event_sinks=(*options.event_sinks, ContextSink(ctx)))
     said = {"service": ctx.service, "topology": ctx.topology(), "execution_mode": ctx.execution_mode()}
     about = {name: str(value) for name, value in said.items() if value}
