@@ -371,6 +371,8 @@ class Engine:
     def _export(self, sinks: FanOut | None, run_id: str | None) -> None:
         """Give every run to the OpenTelemetry providers that the program has set up, unless a sink of its own does."""
         if self._exporter is None and not self._in_worker:
+            from stageflow.observability.otel_auto import configured_sink
+
             found = configured_sink()
             if found is not None and not any(getattr(sink, "exports", False) for sink in self.events.sinks):
                 self._exporter = found
