@@ -88,6 +88,8 @@ class OtelSink:
 
     #: the engine sends trace contexts to attempts, and their spans back, while such a sink is attached
     wants_spans = True
+    #: tells the engine that a run with such a sink is exported already
+    exports = True
 
     def __init__(
         self,
@@ -112,12 +114,21 @@ class OtelSink:
         self._blocks = blocks
         self._runs: dict[str | None, _Run] = {}
         self._attempts = RetriedAttempts()
+        self._left: set[str | None] = set()
         self.wants_spans = tracer_provider is not None
+
+    def leave(self, run_id: str | None) -> None:
+        """Another sink exports this run: take none of its events."""
+        self._left.add(run_id)
 
     # ------------------------------------------------------------ events
 
     def emit(self, event: Event) -> None:
         """Fold `event`; export what it completes."""
+        if self._left and event.run_id in self._left:
+            if event.type in names.RUN_ENDED:
+                self._left.discard(event.run_id)
+            return
         if self._instruments is not None:
             self._instruments.add(event)
         if self._provider is None:
