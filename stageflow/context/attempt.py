@@ -66,12 +66,26 @@ def instance_of(runner: Any) -> Any:
     return found
 
 
+class _KeptLoop:
+    """The event loop that a thread keeps for its coroutine stages; closed when the thread ends."""
+
+    __slots__ = ("runner",)
+
+    def __init__(self) -> None:
+        self.runner = asyncio.Runner()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.runner.close()
+
+
 def run_coroutine(coroutine: Any, port: WorkerPort | None = None) -> Any:
     """Run a coroutine to its end in this thread, on a loop that the thread keeps. A cancel of the attempt cancels
     it."""
-    runner: asyncio.Runner | None = getattr(_local, "runner", None)
-    if runner is None:
-        runner = _local.runner = asyncio.Runner()
+    kept: _KeptLoop | None = getattr(_local, "kept", None)
+    if kept is None:
+        kept = _local.kept = _KeptLoop()
+    runner = kept.runner
     loop = runner.get_loop()
 
     async def guarded() -> Any:

@@ -1092,8 +1092,8 @@ class Driver:
             running = self.running.get(task)
             if running is not None:
                 since = running.executor.running_since(task)
-                if since is None and running.action.lane in ("async", "inline"):
-                    since = running.since
+                if since is None and running.job.graph.specs[running.action.stage].form == "graph":
+                    since = running.since  # a subpipeline is no call of the lane
                 if since is not None:
                     elapsed = self.clock.monotonic() - self.clock.entered(since, running.since)
         self.signal(sig.TimerDue(timer, elapsed))

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
+from stageflow.context.items import Done
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
@@ -109,9 +112,7 @@ class FlowRules:
                 continue
             limit = self.memory
             room = pull_bytes(limit, self.live_bytes, self.promised)
-            count, nbytes = pull_count(
-                wanted, source.avg_bytes if source.is_source else source.in_bytes, room, limit
-            )
+            count, nbytes = pull_count(wanted, source.avg_bytes if source.is_source else source.in_bytes, room, limit)
             if count > 0 and not (self.policies and self._refused(run, source, count, "pull")):
                 self._pull(run, source, count, now, nbytes)
 
@@ -564,6 +565,8 @@ class FlowRules:
             self._drop_task(task, now)
             stream.running -= max(1, task.items)
         chunk = None
+        if task.stopping is not None and signal.done.failures:
+            signal.done = _without_stopped(signal.done)
         if signal.handle:
             chunk = Chunk(signal.handle, 1, signal.nbytes)  # held until all its ranges are given away
             self._account(run, signal.nbytes)
@@ -1428,6 +1431,18 @@ def _without(lo: int, hi: int, points: Any) -> list[tuple[int, int]]:
     if lo < hi:
         found.append((lo, hi))
     return found
+
+
+def _without_stopped(done: Done) -> Done:
+    """A part of a task that was asked to stop: items that heeded it have not decided anything, so they are unrun."""
+    stopped = {failure.index for failure in done.failures if failure.status == "cancel"}
+    ranges = tuple(
+        (start, stop, mask if (start, stop) == (lo, hi) else _submask(lo, mask, start, stop))
+        for lo, hi, mask in done.ranges
+        for start, stop in _without(lo, hi, stopped)
+    )
+    failures = tuple(failure for failure in done.failures if failure.index not in stopped)
+    return msgspec.structs.replace(done, ranges=ranges, failures=failures)
 
 
 def _submask(lo: int, mask: int, start: int, stop: int) -> int:
