@@ -26,8 +26,8 @@ from stageflow.pipeline.names import did_you_mean
 from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
 
-# What runs a graph (driver, scheduler, lanes, events) is imported by the methods that need it: a script that only builds
-# a pipeline, or is still parsing its arguments, does not wait for it.
+# What runs a graph (driver, scheduler, lanes, events) is imported by the methods that need it: a script that only
+# builds a pipeline, or is still parsing its arguments, does not wait for it.
 if TYPE_CHECKING:
     from stageflow.context.pipeline_context import PipelineContext
     from stageflow.events.fanout import FanOut
