@@ -79,7 +79,8 @@ VALUES: list[Any] = [
     decimal.Decimal("1.10"), range(3), Closed("a"), Closed("a", 2, 1.5), [Closed("a"), Closed("b", 1)],
     Nested(Closed("x"), True), Open((1, 2), [3]), Open({1: 2}, []), Derived(1, 2), Base(1), [Base(1), Derived(1, 2)],
     Closed("wrong", "str"), Closed("a", True), Closed(Name("n")), Closed("a", 1, 2), Closed("a", Colour.RED),
-    [Closed("a"), Closed("b", 1, 2)], [Closed("a"), Base(1)], Nested(Closed("x", 1, 3), True), Positive(3), Positive(-3),
+    [Closed("a"), Closed("b", 1, 2)], [Closed("a"), Base(1)], Nested(Closed("x", 1, 3), True),
+    Positive(3), Positive(-3),
     "x" * 300_000, "ü" * 300_000, b"y" * 300_000,
     bytearray(b"z" * 300_000), ["w" * 300_000, b"v" * 300_000], {"deep": [b"u" * 100_000]}, list(range(100_000)),
 ]  # fmt: skip

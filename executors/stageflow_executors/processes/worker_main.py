@@ -8,6 +8,7 @@ May import the standard library, msgspec, `stageflow.core` and `stageflow_execut
 from __future__ import annotations
 
 import faulthandler
+import mmap
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -36,6 +37,9 @@ from stageflow_executors.shm.arena import Arena, Segment
 from stageflow_executors.shm.lease import Mapping, ValueReader, address_of, export
 
 _FLUSH_AFTER_NS: Final = 1_000_000
+_QUICK_NS: Final = 50_000  #: a function that took less is not worth the system calls that the clock of CPU time costs
+_LOOK_EVERY: Final = 63  #: after how many (a mask) of those the clock is read all the same, so that it is never far off
+_MADV_WIPEONFORK: Final = 18
 _encode_error = msgspec.msgpack.Encoder().encode
 
 
@@ -115,12 +119,26 @@ class LocalMemory:
         return None
 
 
+def _own_mark() -> mmap.mmap:
+    """A page whose first byte is 1 here and 0 in every process forked from here; looking costs no system call."""
+    mark = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mark[0] = 1
+    try:
+        if sys.platform != "linux":
+            raise OSError
+        mark.madvise(_MADV_WIPEONFORK)
+    except OSError:
+        os.register_at_fork(after_in_child=lambda: mark.__setitem__(0, 0))
+    return mark
+
+
 class Worker:
     """Everything one worker process has."""
 
     def __init__(self, number: int, channel: ch.Channel, page: StatusPage, settings: dict[str, Any]) -> None:
         self.number = number
         self.pid = os.getpid()
+        self.own = _own_mark()
         self.channel = channel
         self.page = page
         self.threshold: int = settings["inline_threshold"]
@@ -136,12 +154,21 @@ class Worker:
         self._flusher: threading.Thread | None = None
         self._flush_wanted = threading.Event()
         self.current: ProcessPort | None = None
-        self.calls = 0
+        self._quick: set[int] = set()  # functions that took next to no time when last called
+        self._calls = 0
+        self._cpu_seen = 0  # this thread's CPU time when last looked at
 
     # ------------------------------------------------------------ sending
 
     def post(self, message: list[Any], *, now: bool = True) -> None:
         """Put a message in order behind the others; `now` sends everything at once. Any thread."""
+        if now and not (self.out or self.released or self.memory.fresh or self.memory.arena.closed):
+            frame = ch.encode_message((message,))
+            if len(frame) <= ch.MAX_MESSAGE:
+                with self.lock:
+                    if not self.out:
+                        self._send(frame, ())
+                        return
         data = ch.encode_message(message)
         if len(data) > ch.MAX_MESSAGE:
             block = self.memory.allocate(len(data))
@@ -174,8 +201,8 @@ class Worker:
 
     def flush(self) -> None:
         """Send what is waiting. A parent that is gone ends the process."""
-        if os.getpid() != self.pid:
-            return  # a process the stage forked: the channel is not its own
+        if not self.own[0]:
+            return  # a process the stage forked: the channel, and what is to be told, are not its own
         with self.lock:
             out, self.out = self.out, []
             self.out_size = 0
@@ -193,11 +220,16 @@ class Worker:
                 closed, self.memory.arena.closed = self.memory.arena.closed, []
                 out.append(ch.encode_message([ch.FORGET, closed]))
             if out:
-                try:
-                    self.channel.send(ch.join(out), fds, wait=True)
-                except ch.Closed as error:
-                    os.write(2, f"worker {self.pid}: channel lost: {error}\n".encode())
-                    os._exit(70)
+                self._send(ch.join(out), fds)
+
+    def _send(self, frame: bytes, fds: Sequence[int]) -> None:
+        if not self.own[0]:
+            return  # a process the stage forked: the channel is not its own
+        try:
+            self.channel.send(frame, fds, wait=True)
+        except ch.Closed as error:
+            os.write(2, f"worker {self.pid}: channel lost: {error}\n".encode())
+            os._exit(70)
 
     # ------------------------------------------------------------ loop
 
@@ -225,7 +257,11 @@ class Worker:
                 self.post([ch.BYE])
                 return
             frame, fds = received
-            messages = deque(ch.decode_frame(frame))
+            found = ch.decode_frame(frame)
+            if len(found) == 1 and found[0][0] == ch.TASK:
+                self._run_call(found.pop(), last=True)
+                continue
+            messages = deque(found)
             while messages:
                 message = messages.popleft()
                 operation = message[0]
@@ -252,7 +288,13 @@ class Worker:
         The parent took back the frame that carried it while this worker was reading the next one: two readers share
         one queue of frames, so no order between their frames can be relied on.
         """
-        missing = [sid for value in encoded for sid, _ in codec.blocks_of(value) if sid not in self.mappings]
+        missing = [
+            sid
+            for value in encoded
+            if type(value) is list
+            for sid, _ in codec.blocks_of(value)
+            if sid not in self.mappings
+        ]
         if key in self.functions and not missing:
             return False
         self.post([ch.RETURNED, call_id, key if key not in self.functions else 0, missing, None])
@@ -294,6 +336,11 @@ class Worker:
     # ------------------------------------------------------------ one call
 
     def _decode_args(self, encoded: list[Any], writable: bool) -> tuple[Any, ...]:
+        for value in encoded:
+            if type(value) is list:
+                break
+        else:
+            return tuple(encoded)  # exact scalars
         args = []
         readers: list[tuple[ValueReader, tuple[codec.Key, ...]]] = []
         taken = 0
@@ -324,6 +371,7 @@ class Worker:
         port = ProcessPort(self, call_id)
         self.current = port
         started = now = time.monotonic_ns()
+        clocked = key not in self._quick
         cpu = 0
         end = [ch.DONE, call_id, None]
         if page.words[status.CANCEL_SEQ] and page.cancel_slot(call_id) is not None:
@@ -341,7 +389,8 @@ class Worker:
                 args = self._decode_args(encoded, bool(flags & 1))
                 encoded = None
                 page.doubles[status.DONE] = page.doubles[status.TOTAL] = 0.0
-                cpu = time.thread_time_ns()
+                if clocked:
+                    self._cpu_seen = time.thread_time_ns()
                 started = now = time.monotonic_ns()
                 words[status.STARTED_NS] = started
                 words[status.PHASE] = status.RUN
@@ -351,14 +400,14 @@ class Worker:
                         value = self._drive(value, call_id)
                 finally:
                     now = time.monotonic_ns()
-                    cpu = time.thread_time_ns() - cpu
+                    cpu = self._cpu_time(key, now - started, clocked)
                     args = ()
                 words[status.PHASE] = status.ENCODE
                 end = self._result(ch.DONE, call_id, value)
                 value = None
             except BaseException as error:
                 end = self._failure(call_id, error)
-        if os.getpid() != self.pid:
+        if not self.own[0]:
             os._exit(0)  # a process the stage forked came back from its function: it is not a worker
         capturing.flush_streams()
         port.close()
@@ -371,6 +420,20 @@ class Worker:
         except (TypeError, ValueError, OverflowError, SharedMemoryFullError) as error:
             self.post([*self._failure(call_id, error, OutcomeKind.REFUSED), started, now - started, cpu], now=last)
         capturing.restore_process()  # behind the report: the next call is read after it
+
+    def _cpu_time(self, key: int, took: int, clocked: bool) -> int:
+        """CPU nanoseconds of a call that `took` so many of the wall clock, for which the clock was set or not."""
+        self._calls += 1
+        if not clocked and took < _QUICK_NS:
+            if not self._calls & _LOOK_EVERY:
+                self._cpu_seen = time.thread_time_ns()
+            return took
+        before, self._cpu_seen = self._cpu_seen, time.thread_time_ns()
+        if took < _QUICK_NS:
+            self._quick.add(key)
+        else:
+            self._quick.discard(key)
+        return min(took, self._cpu_seen - before)
 
     @staticmethod
     def _not_loaded(problem: BaseException | None) -> BaseException:
