@@ -129,6 +129,7 @@ class Driver:
             act.Completed: self._completed,
             act.KeepItems: self._keep_items,
             act.KeepAccumulator: self._keep_accumulator,
+            act.Spill: self._spill,
             act.FinishRun: self._finish_run,
         }
 
@@ -1115,6 +1116,30 @@ class Driver:
     def _keep_items(self, action: act.KeepItems) -> None:
         count = action.hi - action.lo if action.mask < 0 else action.mask.bit_count()
         self.jobs[action.run].book.keep(action.stage, action.lo, count, action.at, action.handle)
+
+    def _spill(self, action: act.Spill) -> None:
+        job = self.jobs[action.run]
+        values = job.book.handles.get(action.handle)
+        done = sig.Spilled(action.run, action.stage, action.handle)
+        if values is None:
+            self.signal(done)
+            return
+        from stageflow.runtime.spill import SpillFile, spill
+
+        def write() -> bool:
+            try:
+                spill(file, values)
+                return True
+            except Exception:
+                _log.warning("values of stage %r stay in memory", job.graph.specs[action.stage].name, exc_info=True)
+                return False
+
+        def written(future: Any) -> None:
+            done.ok = not future.cancelled() and future.result()
+            self.signal(done)
+
+        file = job.spill_file = job.spill_file or SpillFile()
+        self.loop.run_in_executor(None, write).add_done_callback(written)
 
     def _keep_accumulator(self, action: act.KeepAccumulator) -> None:
         import copy

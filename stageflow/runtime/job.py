@@ -56,6 +56,7 @@ class Job:
         "sinks",
         "snapshot",
         "snapshot_wire",
+        "spill_file",
         "started",
         "started_ns",
         "stats",
@@ -105,6 +106,7 @@ class Job:
         self.pumps: dict[int, Any] = {}
         self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
         self.snapshot_wire: Any = None
+        self.spill_file: Any = None
         self.token: CancellationToken | None = None
         self.trace: str | None = None  # the trace context it was started in ("" for none), while somebody traces
         self.unlink: Callable[[], None] | None = None

@@ -11,7 +11,7 @@ from typing import Any, overload
 class Values:
     """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
 
-    __slots__ = ("_count", "_payload", "_values", "kept", "nbytes", "paths")
+    __slots__ = ("_count", "_payload", "_values", "kept", "on_disk", "nbytes", "paths")
 
     def __init__(self, values: list[Any] | None, payload: Any = None, nbytes: int = 0, count: int = -1) -> None:
         self._values = values
@@ -19,6 +19,7 @@ class Values:
         self._count = count
         self.nbytes = nbytes
         self.paths: list[tuple[int, ...]] | None = None  # of the items, where their index does not say it
+        self.on_disk = False
         self.kept = False  # until the run ends: then what was decoded is not held beside the encoded form
 
     def __len__(self) -> int:
@@ -31,7 +32,7 @@ class Values:
 
     def form(self, crosses: bool) -> Any:
         """What a call gets: the encoded form where it crosses a process boundary and there is one, else the items."""
-        return self._payload if crosses and self._payload is not None else self.load()
+        return self._payload if crosses and self._payload is not None and not self.on_disk else self.load()
 
     def load(self) -> list[Any]:
         """The items; decoded once while anybody holds this list (each time where it is kept)."""
@@ -41,6 +42,13 @@ class Values:
             if not self.kept:
                 self._values = values
         return values
+
+    def to_disk(self, stored: Any) -> None:
+        """The same items lie in `stored` now; the bytes in memory are given up."""
+        self._count = len(self)
+        self.on_disk = True
+        self._payload, self._values = stored, None
+        self.nbytes = 0
 
     def keep(self) -> None:
         """From now on hold one form only."""

@@ -211,6 +211,10 @@ class ThreadSource:
             finish_context(ctx)
         self._post(self._end, error)
 
+    def _is_spent(self) -> bool:
+        """Whether the iterator has to wait for the next pull (or was stopped). With the lock held."""
+        return self._stopped or len(self._items) >= self._credit or bool(self._room and self._weight >= self._room)
+
     def _round(self, iterator: Iterator[Any]) -> bool:
         """Wait for credit, then spend it; False at the end."""
         turn = self._turn
@@ -231,8 +235,7 @@ class ThreadSource:
                     wake = not self._woken
                     self._woken = True
                     chunk = self._take() if self._encode is not None and self._weight >= CROSSING_BYTES else None
-                    spent = self._stopped or len(self._items) >= self._credit
-                    spent = spent or bool(self._room and self._weight >= self._room) or bool(chunk and chunk[3])
+                    spent = self._is_spent() or bool(chunk and chunk[3])
                 if chunk is not None and self._encode is not None:
                     encoded = (self._encode(chunk[0], chunk[1]), *chunk[1:])
                     chunk = None

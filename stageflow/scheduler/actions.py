@@ -146,6 +146,14 @@ class KeepItems(Action):
     at: int
 
 
+class Spill(Action):
+    """Move a kept list of values to disk; Spilled follows."""
+
+    run: int
+    stage: int
+    handle: int
+
+
 class KeepAccumulator(Action):
     """The value of a reduce is the accumulator `handle` (0: there was no element, the value is `initial`)."""
 

@@ -80,6 +80,7 @@ class Run:
         "seq",
         "skip_hints",
         "sources",
+        "spilling",
         "started_at",
         "state",
         "streams",
@@ -128,6 +129,7 @@ class Run:
         self.grace_timer = 0
         self.deadline_timer = 0
         self.live_bytes = 0
+        self.spilling: dict[int, Any] = {}  # handle -> the chunk that is being written to disk
 
 
 class Lane:

@@ -24,7 +24,7 @@ from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.backpressure import BLOCK_BYTES, View, pull_bytes, pull_count, strictest
+from stageflow.scheduler.backpressure import BLOCK_BYTES, SPILL_SHARE, View, pull_bytes, pull_count, strictest
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
 from stageflow.scheduler.outcomes import timeout_info
@@ -55,6 +55,12 @@ class FlowRules:
         role = layout.roles[stage]
         stream.can_block = bool(layout.block[stage])
         stream.keeps = stage in layout.keeps or stage in layout.collectors
+        if stage in layout.collectors:
+            stream.spill = all(
+                layout.specs[reader].policies.spill
+                for reader, producers in layout.graph.barriers.items()
+                if stage in producers
+            )
         if role == Role.SOURCE:
             stream.is_source = True
             run.sources.append(stream)
@@ -290,6 +296,57 @@ class FlowRules:
                                 self._free(run, spent)
         if chunk is not None and chunk.left <= 0:
             self._free(run, chunk)
+        if stream.keeps and self.memory and self.live_bytes - self.spilling > self.memory * SPILL_SHARE:
+            self._spill(run, now)
+
+    def _spill(self: Machine, run: Run, now: float) -> None:
+        """Too much is live: what only waits for the end of its stream goes to disk, oldest first."""
+        for stage, stream in run.streams.items():
+            if not stream.keeps or run.layout.roles[stage] == Role.REDUCE:
+                continue
+            if not stream.spill:
+                self._overflow(run, stream, now)
+                continue
+            kept = stream.kept
+            while stream.spill_at < len(kept):
+                if self.live_bytes - self.spilling <= self.memory * SPILL_SHARE / 2:
+                    return
+                chunk = kept[stream.spill_at]
+                if chunk.left > 1:
+                    break  # somebody still reads it item by item
+                stream.spill_at += 1
+                if chunk.nbytes > 0:
+                    run.spilling[chunk.handle] = chunk
+                    self.spilling += chunk.nbytes
+                    self._out.append(act.Spill(run.id, stage, chunk.handle))
+
+    def _overflow(self: Machine, run: Run, stream: Stream, now: float) -> None:
+        """What a `spill=False` stage waits for has outgrown the budget."""
+        held = sum(max(0, chunk.nbytes) for chunk in stream.kept)
+        if held <= self.memory:
+            return
+        layout = run.layout
+        for stage, producers in layout.graph.barriers.items():
+            if stream.stage in producers and not layout.specs[stage].policies.spill:
+                name, of = layout.name(stage), layout.name(stream.stage)
+                text = (
+                    f"stage {name!r} waits for all of {of!r}, whose {held:,} bytes exceed the memory limit of "
+                    f"{self.memory:,}, and it is declared spill=False"
+                )
+                error = ErrorInfo(type="stageflow.core.errors.CollectTooLargeError", message=text, code=_TOO_LARGE)
+                self._end_run(run, "failed", text, now, error)
+                return
+
+    def _on_spilled(self: Machine, signal: sig.Spilled, now: float) -> None:
+        run = self.runs.get(signal.run)
+        chunk = run.spilling.pop(signal.handle, None) if run is not None else None
+        if run is None or chunk is None:
+            return
+        self.spilling -= max(0, chunk.nbytes)
+        if signal.ok and chunk.nbytes > 0:
+            self._account(run, -chunk.nbytes)
+            chunk.nbytes = 0
+        self._touch(run)
 
     def _accept(self: Machine, run: Run, stream: Stream, segment: Segment, now: float) -> None:
         """Items come in at a stage."""
@@ -708,6 +765,8 @@ class FlowRules:
 
     def _free(self: Machine, run: Run, chunk: Chunk) -> None:
         if chunk.nbytes >= 0:
+            if run.spilling.pop(chunk.handle, None) is not None:
+                self.spilling -= chunk.nbytes
             self._account(run, -chunk.nbytes)
             chunk.nbytes = -1  # freed
             self._out.append(act.Release(run.id, (chunk.handle,)))
@@ -1389,6 +1448,7 @@ class FlowRules:
         stream.kept.clear()
 
 
+_TOO_LARGE: Final = "SF-COLLECT-TOO-LARGE"
 #: stands for a column of which no item is there
 _NOTHING: Final = Chunk(0, 1 << 60, -1)
 

@@ -67,6 +67,7 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         self.live_bytes = 0
         self.promised = 0  # bytes that running work and open pulls are expected to add
         self.policies = tuple(policies)
+        self.spilling = 0  # bytes that are on their way to disk
         self.pressure = 0
         self.pressure_reason = ""
         self.admission = Admission(tokens or {})
@@ -94,6 +95,7 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
             sig.ItemsArrived: self._on_items_arrived,
             sig.SourceEnded: self._on_source_ended,
             sig.Decided: self._on_decided,
+            sig.Spilled: self._on_spilled,
             sig.TimerDue: self._on_timer,
             sig.CapacityChanged: self._on_capacity,
             sig.PressureChanged: self._on_pressure,
@@ -240,6 +242,9 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         for stream in run.streams.values():
             self.promised -= stream.promised
             stream.promised = 0
+        self.spilling -= sum(max(0, chunk.nbytes) for chunk in run.spilling.values())
+        run.spilling.clear()
+        for stream in run.streams.values():
             self._release_stream(run, stream)
         self.live_bytes -= run.live_bytes
         run.live_bytes = 0

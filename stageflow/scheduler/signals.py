@@ -108,6 +108,15 @@ class SourceEnded(Signal):
     seconds: float = 0.0
 
 
+class Spilled(Signal):
+    """A kept list of values lies on disk (or could not be written: then it stays in memory)."""
+
+    run: int
+    stage: int
+    handle: int
+    ok: bool = True
+
+
 class Decided(Signal):
     """A `when` predicate was evaluated."""
 

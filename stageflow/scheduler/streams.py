@@ -385,6 +385,8 @@ class Stream:
         "serial",
         "shedding",
         "stage",
+        "spill",
+        "spill_at",
         "started_at",
         "stopped",
         "tick",
@@ -438,6 +440,8 @@ class Stream:
         self.jobs: deque[list[Segment]] = deque()
         self.keeps = False
         self.kept: list[Chunk] = []
+        self.spill = True  # kept values may go to disk
+        self.spill_at = 0  # the first kept list that was not looked at for it
         self.readers: list[Stream] = []
 
     def push(self, segment: Segment) -> None:
