@@ -69,6 +69,7 @@ class GraphCode:
         "_shared",
         "empty",
         "graph",
+        "hinted",
         "lanes",
         "layout",
         "needed",
@@ -109,6 +110,10 @@ class GraphCode:
         self._shared: dict[int, tuple[Shipped | None, bool]] = {}
         self.empty = bytearray(len(graph.specs))  # 1: run by `direct`, and said to return None
         self.routes = any(spec.kind is StageKind.ROUTE for spec in graph.specs)
+        #: stages whose value may say that the stages behind are to be skipped
+        self.hinted = frozenset(
+            dep for i, spec in enumerate(graph.specs) if spec.policies.conditional for dep in graph.deps[i]
+        )
         self._resources = resources
         self._scope = scope
 

@@ -9,7 +9,6 @@ called on its loop's thread, except `cancel_threadsafe`.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import pickle
 import weakref
@@ -42,6 +41,7 @@ from stageflow.runtime.sequence import Values
 from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource, sized
 from stageflow.runtime.strategies import Verdict, judge
 from stageflow.scheduler import actions as act
+from stageflow.store.keys import digest
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.machine import Machine
 
@@ -745,7 +745,9 @@ class Driver:
                 return
             ended.route = route
         job.book.put(stage, value, encoded=encoded, meta=meta)
-        if not encoded and type(value) is dict:
+        if encoded and stage in job.code.hinted:
+            value = job.book.value(stage)
+        if type(value) is dict:
             hint = value.get("skip_reason")
             if isinstance(hint, str) and hint:
                 ended.skip_hint = hint
@@ -774,7 +776,7 @@ class Driver:
             )
             ended.error = info
             self._judge(running, ended, info, None)
-            ended.digest = _digest(info.message, data)
+            ended.digest = _guard_digest(job, action.stage, info.message, data)
             job.book.failure(action.stage, info, data)
         elif meta.status is StageStatus.SKIP or meta.status is StageStatus.CANCEL:
             job.book.end(action.stage, meta)
@@ -812,7 +814,7 @@ class Driver:
         ended.retryable = info.retryable
         ended.retry_after = info.retry_after
         self._judge(running, ended, info, outcome.exception)
-        ended.digest = _digest(info.message, None)
+        ended.digest = _guard_digest(job, action.stage, info.message, None)
         job.book.failure(action.stage, info)
 
     def _judge(
@@ -1548,12 +1550,14 @@ def _located(info: ErrorInfo, lane: str, pid: int, attempt: int) -> ErrorInfo:
     )
 
 
-def _digest(text: str, data: Any) -> str:
-    """Tells whether two failures are the same: their text and data."""
-    sha = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-    if data is not None:
-        try:
-            sha.update(pickle.dumps(data, protocol=5))
-        except Exception:
-            sha.update(repr(data).encode("utf-8", "surrogatepass"))
-    return sha.hexdigest()
+def _guard_digest(job: Job, stage: int, text: str, data: Any) -> str | None:
+    """Tells whether two failures of a guard are the same: their text and data, of which `hash_fields` may choose."""
+    policy = job.graph.specs[stage].policies.guard_retry
+    if policy is None:
+        return None
+    if policy.hash_fields is not None and isinstance(data, Mapping):
+        data = {name: data[name] for name in policy.hash_fields if name in data}
+    try:
+        return digest((text, data))
+    except Exception:  # what cannot be hashed by its content is told by its looks
+        return digest((text, repr(data)))

@@ -288,13 +288,13 @@ class OutcomeRules:
             chosen = run.decisions.get(router, ())
             if branch not in chosen:
                 return f"route: {layout.name(router)} chose {', '.join(map(repr, chosen)) or 'nothing'}"
-        skipped = [dep for dep in deps if state[dep] == _S.SKIPPED and dep not in run.blocked_by]
-        if deps and len(skipped) == len(deps):
-            return f"all dependencies were skipped ({', '.join(layout.name(dep) for dep in skipped[:4])})"
         if policies.conditional:
             for dep in deps:
                 if state[dep] == _S.SKIPPED or dep in run.skip_hints:
                     return f"dependency {layout.name(dep)!r} was skipped: {run.skip_hints.get(dep, 'no reason given')}"
+        skipped = [dep for dep in deps if state[dep] == _S.SKIPPED and dep not in run.blocked_by]
+        if deps and len(skipped) == len(deps):
+            return f"all dependencies were skipped ({', '.join(layout.name(dep) for dep in skipped[:4])})"
         required = layout.required.get(stage)
         if required:
             for dep in absent:
