@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,18 @@ class LostWorkerError(WorkerDiedError, BrokenProcessPool):
 
 class BrokenInitializerError(BrokenProcessPool):
     """No worker could be started, or its initializer raised."""
+
+
+def _invoke(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Calls what crosses as an argument."""
+    return fn(*args, **kwargs)
+
+
+def _is_bound(fn: Any) -> bool:
+    """Does `fn` hold an object (a method, a partial, an instance)? It is sent with each call, and not remembered."""
+    if isinstance(fn, types.BuiltinFunctionType):
+        return not isinstance(fn.__self__, types.ModuleType)
+    return not isinstance(fn, type | types.FunctionType)
 
 
 class _Work:
@@ -89,7 +102,53 @@ def _resolve(future: Future[Any], info: ErrorInfo) -> None:
     future.set_exception(error)
 
 
-class ProcessPoolExecutor(concurrent.futures.Executor):
+class _Mapping(concurrent.futures.Executor):
+    """`map` with a bounded buffer, which the standard has from 3.14 on."""
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """As the standard's. `buffersize` bounds how many results may wait to be taken; chunks are made by themselves."""
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        end = None if timeout is None else timeout + time.monotonic()
+        calls = zip(*iterables, strict=False)
+        first = calls if buffersize is None else itertools.islice(calls, buffersize)
+        futures = deque(self.submit(fn, *args) for args in first)
+        return self._results(futures, calls if buffersize is not None else iter(()), fn, end)
+
+    def _results(self, futures: deque[Future[Any]], rest: Iterator[Any], fn: Any, end: float | None) -> Iterator[Any]:
+        def take() -> Any:
+            future = futures.popleft()
+            try:
+                value = future.result(None if end is None else end - time.monotonic())
+            except BaseException:
+                future.cancel()
+                raise
+            finally:
+                del future
+            for args in itertools.islice(rest, 1):
+                futures.append(self.submit(fn, *args))
+            return value
+
+        try:
+            while futures:
+                yield take()  # no name here holds the result: it may be big
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+class ProcessPoolExecutor(_Mapping):
     """`concurrent.futures.ProcessPoolExecutor`, with workers that may die and arrays that cross without being copied.
 
     `mp_context` is only asked for its start method: "spawn" starts workers by exec, anything else by our own fork
@@ -142,8 +201,10 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` in a worker."""
         future: Future[Any] = Future()
+        if type(fn) is not types.FunctionType and _is_bound(fn):
+            args, fn = (fn, *args), _invoke
         with self._lock:
-            if self._shutdown:
+            if self._shutdown or _exiting:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._waiting.append(_Work(future, fn, args, kwargs))
             if self._awake:
@@ -154,39 +215,6 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._drain)
         return future
-
-    def map(
-        self,
-        fn: Callable[..., Any],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[Any]:
-        """As the standard's. `buffersize` bounds how many results may wait to be taken; chunks are made by themselves.
-        """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
-        end = None if timeout is None else timeout + time.monotonic()
-        calls = zip(*iterables, strict=False)
-        first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        futures = deque(self.submit(fn, *args) for args in first)
-        return self._results(futures, calls if buffersize is not None else iter(()), fn, end)
-
-    def _results(self, futures: deque[Future[Any]], rest: Iterator[Any], fn: Any, end: float | None) -> Iterator[Any]:
-        try:
-            while futures:
-                left = None if end is None else end - time.monotonic()
-                value = futures[0].result(left)
-                futures.popleft()
-                for args in itertools.islice(rest, 1):
-                    futures.append(self.submit(fn, *args))
-                yield value
-        finally:
-            for future in futures:
-                future.cancel()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As the standard's: no new calls; pending ones run unless `cancel_futures`. Idempotent, any thread."""
@@ -214,25 +242,14 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
     # ------------------------------------------------------------ the loop's thread
 
     def _start_thread(self) -> None:
-        """The lock is held."""
+        """The lock is held. The thread keeps the executor alive only while calls are in hand."""
         uvloop = sys.modules.get("uvloop")
         self._loop = uvloop.new_event_loop() if uvloop is not None else asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="stageflow-futures", daemon=True)
+        self._thread = threading.Thread(
+            target=_serve, args=([self], self._loop, self._supply), name="stageflow-futures", daemon=True
+        )
+        _serving.add(self._thread)
         self._thread.start()
-
-    def _serve(self) -> None:
-        loop = self._loop
-        assert loop is not None
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(self._main())
-
-    async def _main(self) -> None:
-        self._finished = asyncio.Event()
-        async with ProcessExecutor(supply=self._supply) as lane:
-            self._lane = lane
-            self._drain()
-            await self._finished.wait()
-        await asyncio.get_running_loop().run_in_executor(None, self._supply.close)
 
     def _drain(self) -> None:
         """Give the lane what it can take: twice its slots of chunks of short calls, its slots of others."""
@@ -276,7 +293,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
 
     def _begin(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
         self._running += 1
-        work.item = chunks.pack(work.args, work.kwargs)
+        work.item = chunks.pack(work.args, work.kwargs) if work.fn is not _invoke else None
         if work.item is None:
             self._start_one(lane, function, work)
             return
@@ -400,7 +417,33 @@ def _importable(function: Callable[..., object]) -> bool:
     return Shipping().importable(getattr(function, "__module__", None) or "builtins")
 
 
-class ThreadPoolExecutor(concurrent.futures.Executor):
+def _serve(pool: list[ProcessPoolExecutor], loop: asyncio.AbstractEventLoop, supply: WorkerSupply) -> None:
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(_hold_open(pool, supply))
+
+
+async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) -> None:
+    """Keep the lane open until the executor in `holder` is shut down, or is dropped and every call has ended."""
+    finished = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def dropped() -> None:
+        try:
+            loop.call_soon_threadsafe(finished.set)
+        except RuntimeError:
+            pass  # it had been shut down
+
+    async with ProcessExecutor(supply=supply) as lane:
+        pool = holder.pop()
+        weakref.finalize(pool, dropped).atexit = False
+        pool._finished, pool._lane = finished, lane
+        pool._drain()
+        del pool
+        await finished.wait()
+    await loop.run_in_executor(None, supply.close)
+
+
+class ThreadPoolExecutor(_Mapping):
     """`concurrent.futures.ThreadPoolExecutor` with last-in-first-out reuse of idle threads, which keeps few of them
     warm.
     """
@@ -419,64 +462,95 @@ class ThreadPoolExecutor(concurrent.futures.Executor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         self._max_workers = max_workers
-        self._prefix = thread_name_prefix or f"ThreadPoolExecutor-{next(_thread_pools)}"
-        self._initializer = initializer
-        self._initargs = initargs
-        self._lock = threading.Lock()
-        self._work: deque[_Work] = deque()
-        self._idle: list[queue.SimpleQueue[_Work | None]] = []
-        self._threads: set[threading.Thread] = set()
-        self._broken: str | None = None
-        self._shutdown = False
+        prefix = thread_name_prefix or f"ThreadPoolExecutor-{next(_thread_pools)}"
+        self._pool = _Threads(max_workers, prefix, initializer, initargs)
+        self._threads = self._pool.threads
+        # Dropped without a shutdown: what was submitted runs, then the threads end.
+        weakref.finalize(self, self._pool.stop).atexit = False
         _executors.add(self)
+
+    @property
+    def _broken(self) -> str | None:
+        return self._pool.broken
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` in a thread."""
         future: Future[Any] = Future()
-        work = _Work(future, fn, args, kwargs)
-        with self._lock:
-            if self._broken is not None:
-                raise BrokenThreadPool(self._broken)
-            if self._shutdown:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            if self._idle:
-                self._idle.pop().put(work)
-                return future
-            self._work.append(work)
-            if len(self._threads) < self._max_workers:
-                name = f"{self._prefix}_{len(self._threads)}"
-                thread = threading.Thread(target=self._serve, name=name, daemon=True)
-                self._threads.add(thread)
-                thread.start()
+        self._pool.add(_Work(future, fn, args, kwargs))
         return future
 
-    def _serve(self) -> None:
-        if self._initializer is not None:
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the standard's."""
+        self._pool.stop(cancel_futures)
+        if wait:
+            for thread in list(self._threads):
+                thread.join()
+
+
+class _Threads:
+    """The threads of one executor and their queue. They hold this and not the executor, which may be dropped."""
+
+    def __init__(
+        self, limit: int, prefix: str, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+    ) -> None:
+        self.limit = limit
+        self.prefix = prefix
+        self.initializer = initializer
+        self.initargs = initargs
+        self.lock = threading.Lock()
+        self.work: deque[_Work] = deque()
+        self.idle: list[queue.SimpleQueue[_Work | None]] = []
+        self.threads: set[threading.Thread] = set()
+        self.broken: str | None = None
+        self.stopped = False
+
+    def add(self, work: _Work) -> None:
+        """Hand `work` to an idle thread or a new one, or let it wait."""
+        with self.lock:
+            if self.broken is not None:
+                raise BrokenThreadPool(self.broken)
+            if self.stopped or _exiting:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if self.idle:
+                self.idle.pop().put(work)
+                return
+            self.work.append(work)
+            if len(self.threads) < self.limit:
+                name = f"{self.prefix}_{len(self.threads)}"
+                thread = threading.Thread(target=self.serve, name=name, daemon=True)
+                self.threads.add(thread)
+                _serving.add(thread)
+                thread.start()
+
+    def serve(self) -> None:
+        """One thread's life."""
+        if self.initializer is not None:
             try:
-                self._initializer(*self._initargs)
+                self.initializer(*self.initargs)
             except BaseException:
-                self._initializer_failed()
+                self.initializer_failed()
                 return
         mailbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         while True:
             work: _Work | None
-            with self._lock:
-                if self._work:
-                    work = self._work.popleft()
-                elif self._shutdown:
+            with self.lock:
+                if self.work:
+                    work = self.work.popleft()
+                elif self.stopped:
                     return
                 else:
-                    self._idle.append(mailbox)
+                    self.idle.append(mailbox)
                     work = None
             if work is None:
                 work = mailbox.get()
                 if work is None:
                     return
-            self._run(work)
+            self.run(work)
             del work
 
     @staticmethod
-    def _run(work: _Work) -> None:
+    def run(work: _Work) -> None:
+        """Run one call and resolve its future."""
         future = work.future
         if not future.set_running_or_notify_cancel():
             return
@@ -487,44 +561,47 @@ class ThreadPoolExecutor(concurrent.futures.Executor):
         else:
             future.set_result(result)
 
-    def _initializer_failed(self) -> None:
+    def initializer_failed(self) -> None:
+        """Refuse every call from now on, and fail those that wait."""
         import logging
 
         logging.getLogger("concurrent.futures").critical("Exception in initializer:\n%s", traceback.format_exc())
-        with self._lock:
-            self._broken = "A thread initializer failed, the thread pool is not usable anymore"
-            dropped, self._work = list(self._work), deque()
+        with self.lock:
+            self.broken = "A thread initializer failed, the thread pool is not usable anymore"
+            dropped, self.work = list(self.work), deque()
         for work in dropped:
             if work.future.set_running_or_notify_cancel():
-                work.future.set_exception(BrokenThreadPool(self._broken))
+                work.future.set_exception(BrokenThreadPool(self.broken))
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As the standard's."""
-        with self._lock:
-            self._shutdown = True
+    def stop(self, cancel_futures: bool = False) -> None:
+        """Take no more; idle threads end, others when no work is left."""
+        with self.lock:
+            self.stopped = True
             dropped: list[_Work] = []
             if cancel_futures:
-                dropped, self._work = list(self._work), deque()
-            idle, self._idle = self._idle, []
-            threads = list(self._threads)
+                dropped, self.work = list(self.work), deque()
+            idle, self.idle = self.idle, []
         for mailbox in idle:
             mailbox.put(None)
         for work in dropped:
             if work.future.cancel():
                 work.future.set_running_or_notify_cancel()
-        if wait:
-            for thread in threads:
-                thread.join()
 
 
 _thread_pools = itertools.count()
 _executors: weakref.WeakSet[ProcessPoolExecutor | ThreadPoolExecutor] = weakref.WeakSet()
+_serving: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of executors that were dropped
+_exiting = False
 
 
 def _finish_all() -> None:
-    """At interpreter exit pending calls run to their end, as with the standard executors."""
+    """At interpreter exit pending calls run to their end, as with the standard executors; no new ones are taken."""
+    global _exiting
+    _exiting = True
     for executor in list(_executors):
         executor.shutdown(wait=True)
+    for thread in list(_serving):
+        thread.join()
 
 
 # Before the interpreter joins its threads and forbids new ones, as concurrent.futures does it.
