@@ -61,13 +61,16 @@ class AsyncExecutor(LocalLane):
         if _EAGER:
             self._starting = port
             try:
-                task = asyncio.Task(coroutine, loop=loop, eager_start=True)  # type: ignore[call-arg, unused-ignore]
+                task = asyncio.Task(  # type: ignore[call-arg, unused-ignore]
+                    coroutine, loop=loop, name=call.shipped.label, eager_start=True
+                )
             finally:
                 self._starting = None
             if not task.done():
                 self._tasks[call.id] = task
         else:
-            self._tasks[call.id] = loop.create_task(coroutine)
+            # not by `create_task`: a task that is given a name need not make one up
+            self._tasks[call.id] = asyncio.Task(coroutine, loop=loop, name=call.shipped.label)
 
     async def _run(self, port: LocalPort) -> None:
         call = port.call

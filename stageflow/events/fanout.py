@@ -55,7 +55,7 @@ class FanOut:
     attribute read. What a sink raises is logged once and dropped. The events of an async sink are awaited in order by
     a task of its own on the loop that emits; `drain` waits for them. `redact(event)`, if given, sees each event
     before any sink does and may return another one, or None to drop it. May be called from several threads; sinks are
-    called one event at a time.
+    called one event at a time (`shared=False` promises that one thread emits, which saves the lock).
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class FanOut:
         *,
         redact: Callable[[Event], Event | None] | None = None,
         max_waiting: int = MAX_WAITING,
+        shared: bool = True,
     ) -> None:
+        self._shared = shared
         self._entries: tuple[_Entry, ...] = ()
         self._only: _Entry | None = None  # the one sink, where it is a plain one
         self._lock = threading.RLock()
@@ -135,19 +137,21 @@ class FanOut:
     def emit(self, event: Event) -> None:
         """Hand `event` to every sink. Never raises (a KeyboardInterrupt inside a sink excepted) and never waits."""
         only = self._only
-        if only is not None and event.type != names.STAGE_ITEMS:
+        if only is not None and event.type != names.STAGE_ITEMS and not self._merger.holds:
             # one plain sink and no block of items: what follows, spelled out; three events a stage go this way
-            with self._lock:
-                if not self._merger.holds:
-                    try:
-                        result: Any = only.sink.emit(event)  # type: ignore[func-returns-value, unused-ignore]
-                        if result is not None and inspect.isawaitable(result):
-                            self._queue(only, result)
-                    except KeyboardInterrupt:
-                        raise
-                    except BaseException:
-                        only.failed()
-                    return
+            if self._shared:
+                with self._lock:
+                    self._give(only, event)
+                return
+            try:
+                result: Any = only.sink.emit(event)  # type: ignore[func-returns-value, unused-ignore]
+                if result is not None and inspect.isawaitable(result):
+                    self._queue(only, result)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                only.failed()
+            return
         if not self._entries:
             return
         with self._lock:

@@ -33,7 +33,7 @@ _APART: Final = frozenset(
 )
 _MAX_LATE: Final = 65_536
 #: rows of this many stages are packed into a table: 80 bytes a stage
-_MAX_ROWS: Final = 8_192
+_MAX_ROWS: Final = 32_768
 _WIDTH: Final = 10
 
 

@@ -423,7 +423,7 @@ class Driver:
         job = self.jobs[action.run]
         lane, stage = action.lane, action.stage
         if job.listening:
-            self._event("stage.started", job, job.graph.specs[stage].name, None, action.attempt, lane, {})
+            self._started(job, job.graph.specs[stage].name, action.attempt, lane)
         executor = self.executors.get(lane) or self.executor(lane)
         self.running[action.task] = running = Running(job, action, executor, self._now)
         if job.header is not None and action.attempt == 1 and not job.book.ends:
@@ -457,6 +457,16 @@ class Driver:
             self.policies.around(self, running, call, spec)
         else:
             executor.start(call, self._deliver_attempt)
+
+    def _started(self, job: Job, name: str, attempt: int, lane: str) -> None:
+        """`_event`, for an event of every attempt."""
+        self._seq = seq = self._seq + 1
+        event = Event("stage.started", self.clock.time_ns(), seq, job.run_id, name, None, attempt, lane, {})
+        job.stats.add(event)
+        if job.sinks is not None:
+            job.sinks.emit(event)
+        if self.events.listening:
+            self.events.emit(event)
 
     def _refuse(self, running: Running, error: BaseException) -> None:
         """A call could not even be made: that is its outcome."""
@@ -1295,16 +1305,8 @@ class Driver:
         sinks = [sinks for sinks in (job.sinks, self.events) if sinks is not None and sinks.listening]
         for stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started in action.rows:
             name, lane = specs[stage].name, lanes[stage]
-            attempted = {
+            data = {  # of both events
                 "status": "ok",
-                "seconds": seconds,
-                "cpu_seconds": cpu_seconds,
-                "bytes_in": bytes_in,
-                "bytes_out": bytes_out,
-                "worker_pid": pid,
-                "started": started,
-            }
-            completed = {
                 "duration_ms": duration * 1000.0,
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
@@ -1316,9 +1318,9 @@ class Driver:
             }
             at, seq = time_ns(), self._seq
             self._seq = seq + 2
-            last = Event("stage.completed", at, seq + 2, run_id, name, None, attempt, lane, completed)
+            last = Event("stage.completed", at, seq + 2, run_id, name, None, attempt, lane, data)
             if told:
-                first = Event("stage.attempt", at, seq + 1, run_id, name, None, attempt, lane, attempted)
+                first = Event("stage.attempt", at, seq + 1, run_id, name, None, attempt, lane, data)
                 for sink in sinks:
                     sink.emit(first)
             for sink in sinks:

@@ -339,7 +339,9 @@ class Engine:
         state.active += 1
         try:
             await self._open_lanes(state, code.needed)
-            sinks = FanOut(options.event_sinks, redact=self.config.redact) if options.event_sinks else None
+            sinks = None
+            if options.event_sinks:
+                sinks = FanOut(options.event_sinks, redact=self.config.redact, shared=False)
             self._export(sinks, ready.run_id.pipeline_run_id)
             mode = options.failure_mode or self.config.failure_mode
             seed = options.seed
