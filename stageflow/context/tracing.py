@@ -117,7 +117,7 @@ def attempt_scope(
         return
     try:
         collector = _collector() if port is not None and port.lane == "process" else None
-        token = _attach(parsed)
+        token = _attach(text or "", parsed)
     except Exception:
         yield  # a broken tracing set-up is no reason to fail a stage
         return
@@ -140,9 +140,10 @@ class Traced:
     `streaming` programs (map, sink, reduce) run blocks of items: what they record belongs to the stage's span.
     """
 
-    __slots__ = ("program", "streaming")
+    __slots__ = ("_known", "program", "streaming")
 
     def __init__(self, program: Program, *, streaming: bool) -> None:
+        self._known: tuple[Any, dict[str, str]] | None = None  # the context of the last run
         self.program = program
         self.streaming = streaming
 
@@ -154,7 +155,12 @@ class Traced:
         if inherited is None:
             return None
         attempt = None if self.streaming else header.attempt
-        return {TRACEPARENT: traceparent_of(header.run_id, self.program.name, attempt, inherited=inherited)}
+        key = (header.run_id, attempt, inherited)
+        known = self._known
+        if known is None or known[0] != key:  # a worker runs blocks of one run after another
+            text = traceparent_of(header.run_id, self.program.name, attempt, inherited=inherited)
+            known = self._known = (key, {TRACEPARENT: text})
+        return known[1]
 
     def __call__(self, port: WorkerPort, header: Header, *args: Any) -> Any:
         """As the program's own call."""
@@ -177,13 +183,22 @@ def _traced(program: Program, streaming: bool) -> Traced:
     return Traced(program, streaming=streaming)
 
 
-def _attach(parsed: tuple[str, str, int]) -> Any:
+def _attach(text: str, parsed: tuple[str, str, int]) -> Any:
+    global _parent
     from opentelemetry import context, trace
 
+    known = _parent
+    if known is not None and known[0] == text:
+        return context.attach(trace.set_span_in_context(known[1]))
     parent = trace.SpanContext(
         trace_id=int(parsed[0], 16), span_id=int(parsed[1], 16), is_remote=True, trace_flags=trace.TraceFlags(parsed[2])
     )
-    return context.attach(trace.set_span_in_context(trace.NonRecordingSpan(parent)))
+    span = trace.NonRecordingSpan(parent)
+    _parent = (text, span)  # replaced as a whole: threads may come at once
+    return context.attach(trace.set_span_in_context(span))
+
+
+_parent: tuple[str, Any] | None = None  # the last that was attached: blocks of one stage have the same
 
 
 def _detach(token: Any) -> None:

@@ -101,6 +101,8 @@ class StageItems(EventData, frozen=True, kw_only=True):
     lo: int = 0
     hi: int = 0
     items: list[list[int]] | None = None  #: the index paths, where they are not (lo,) to (hi - 1,)
+    ranges: list[list[int]] | None = None  #: the indices, where blocks with gaps between them were merged
+    longest: list[int] | None = None  #: which of them took `max_seconds` an item, where blocks were merged
     ok: int = 0
     dropped: int = 0
     failed: int = 0

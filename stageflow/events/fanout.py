@@ -330,7 +330,12 @@ def items_of(block: Event, failed: set[tuple[int, ...]] | frozenset[tuple[int, .
     """One `stage.completed` per item of a `stage.items` event that is not in `failed`, with the block's mean times."""
     data = block.data
     given = data.get("items")
-    paths = [tuple(path) for path in given] if given is not None else [(i,) for i in range(data["lo"], data["hi"])]
+    paths: list[tuple[int, ...]]
+    if given is not None:
+        paths = [tuple(path) for path in given]
+    else:
+        ranges = data.get("ranges") or ((data["lo"], data["hi"]),)
+        paths = [(i,) for lo, hi in ranges for i in range(lo, hi)]
     count = max(1, len(paths))
     seconds = (data.get("seconds") or 0.0) / count
     shared = {

@@ -19,8 +19,8 @@ _SUMS: Final = ("ok", "dropped", "failed", "seconds", "cpu_seconds", "bytes_in",
 
 
 class BlockMerger:
-    """Holds `stage.items` events. Merged ones have the sums, the largest `max_seconds`, and the `seq` and time of
-    the last.
+    """Holds `stage.items` events and merges those of one stage and worker. Merged ones have the sums, `ranges` where
+    the indices have gaps, the largest `max_seconds` and its block as `longest`, and the `seq` and time of the last.
     """
 
     __slots__ = ("_first_ns", "_last_ns", "holds")
@@ -44,14 +44,10 @@ class BlockMerger:
         held = self.holds.get(key)
         if held is None:
             self.holds[key] = [event]
-        elif (
-            held[-1].data.get("hi") == event.data.get("lo")
-            and "items" not in event.data
-            and "items" not in held[-1].data
-        ):
+        elif "items" not in event.data and "items" not in held[-1].data:
             held.append(event)
         else:
-            # Not a neighbour: it starts a group of its own, under a key nobody else has.
+            # Its paths cannot be told as ranges: a group of its own, under a key nobody else has.
             self.holds[event.run_id, event.stage, -event.seq - 1] = held
             self.holds[key] = [event]
         return self.take() if now - self._first_ns > HELD_NS else None
@@ -70,7 +66,13 @@ def _seq(event: Event) -> int:
 
 def _merged(group: list[Event]) -> Event:
     first, last = group[0].data, group[-1]
-    data: dict[str, Any] = {**first, "hi": last.data.get("hi")}
+    data: dict[str, Any] = {**first}
+    ranges = _ranges(group)
+    data["lo"], data["hi"] = ranges[0][0], ranges[-1][1]
+    if len(ranges) > 1:  # several workers take turns at one stage
+        data["ranges"] = ranges
+    else:
+        data.pop("ranges", None)
     for name in _SUMS:
         data[name] = sum(event.data.get(name) or 0 for event in group)
     if any(event.data.get("emitted") is not None for event in group):
@@ -78,11 +80,33 @@ def _merged(group: list[Event]) -> Event:
             event.data["emitted"] if event.data.get("emitted") is not None else event.data.get("ok") or 0
             for event in group
         )
-    data["max_seconds"] = max(_longest(event.data) for event in group)
+    slowest = max(group, key=_seconds_of_longest).data
+    data["max_seconds"] = _longest(slowest)
+    data["longest"] = slowest.get("longest") or [slowest.get("lo"), slowest.get("hi")]
     data["queued_ms"] = sum(event.data.get("queued_ms") or 0.0 for event in group)
     starts = [event.data["started"] for event in group if event.data.get("started")]
     data["started"] = min(starts) if starts else 0.0
     return msgspec.structs.replace(last, data=data)
+
+
+def _ranges(group: list[Event]) -> list[list[int]]:
+    """The indices of all blocks, ascending, as ranges with gaps between them."""
+    given = sorted(
+        [lo, hi]
+        for event in group
+        for lo, hi in event.data.get("ranges") or [(event.data.get("lo") or 0, event.data.get("hi") or 0)]
+    )
+    ranges = [given[0]]
+    for lo, hi in given[1:]:
+        if lo <= ranges[-1][1]:
+            ranges[-1][1] = max(ranges[-1][1], hi)
+        else:
+            ranges.append([lo, hi])
+    return ranges
+
+
+def _seconds_of_longest(event: Event) -> float:
+    return _longest(event.data)
 
 
 def _longest(data: dict[str, Any]) -> float:

@@ -216,7 +216,7 @@ class ReportFold:
         data = event.data
         count = (data.get("ok") or 0) + (data.get("dropped") or 0) + (data.get("failed") or 0)
         self._interval(event, count)
-        lo, hi = data.get("lo") or 0, data.get("hi") or 0
+        lo, hi = data.get("longest") or (data.get("lo") or 0, data.get("hi") or 0)
         longest = data.get("max_seconds")
         if longest is None:
             longest = (data.get("seconds") or 0.0) / max(1, count)

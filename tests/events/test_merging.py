@@ -3,8 +3,9 @@
 import asyncio
 import random
 
+from stageflow.events.catalogue import StageItems, typed
 from stageflow.events.event import Event
-from stageflow.events.fanout import FanOut
+from stageflow.events.fanout import FanOut, items_of
 from stageflow.events.merging import BlockMerger
 from stageflow.events.sinks import CollectingSink
 
@@ -69,7 +70,24 @@ def test_sums_ranges_and_order_survive_any_interleaving() -> None:
     assert sum(e.data["ok"] for e in out) == 2_000
     assert [e.seq for e in out] == sorted({e.seq for e in out})
     for stage in "ab":
-        assert sum(e.data["hi"] - e.data["lo"] for e in out if e.stage == stage) == sum(e.stage == stage for e in given)
+        told = [path for e in out if e.stage == stage and "items" not in e.data for path in items_of(e)]
+        indices = sorted(one.item[0] for one in told if one.item)
+        assert indices == [e.data["lo"] for e in given if e.stage == stage and "items" not in e.data]
+
+
+def test_workers_that_take_turns_at_one_stage_give_one_event_each() -> None:
+    merger = BlockMerger()
+    merger.add(block(1, 100, 0, 1))
+    for n in range(1, 9):
+        assert merger.add(block(n + 1, 100 + n, 2 * n, 2 * n + 2, pid=1 + n % 2, seconds=0.001 * n)) is None
+    one, two = merger.take()
+    assert (one.data["lo"], one.data["hi"], one.data["ranges"]) == (2, 16, [[2, 4], [6, 8], [10, 12], [14, 16]])
+    assert two.data["ranges"] == [[4, 6], [8, 10], [12, 14], [16, 18]]
+    assert (two.data["longest"], two.data["max_seconds"]) == ([16, 18], 0.004)
+    assert [path.item for path in items_of(one)] == [(n,) for n in (2, 3, 6, 7, 10, 11, 14, 15)]
+    shown = typed(one)
+    assert isinstance(shown, StageItems)
+    assert shown.ranges == [[2, 4], [6, 8], [10, 12], [14, 16]]
 
 
 async def test_held_blocks_come_before_anything_else_and_after_a_moment_by_themselves() -> None:
