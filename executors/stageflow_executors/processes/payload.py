@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stageflow.core.errors import StageflowError
 from stageflow_executors.shm import codec
 from stageflow_executors.shm.lease import Books, ValueReader
@@ -70,6 +72,39 @@ class ProcessPayload:
         return f"<ProcessPayload {self.nbytes:,} bytes, {where}>"
 
 
+class InlinePayload(msgspec.Struct, eq=False, weakref=True):
+    """A value in encoded form that refers to no shared memory: nothing to lease, nothing to end."""
+
+    encoded: Any
+    nbytes: int
+
+    @property
+    def blocks(self) -> tuple[codec.Key, ...]:
+        """None."""
+        return ()
+
+    @property
+    def inline(self) -> int:
+        """All of it."""
+        return self.nbytes
+
+    def load(self) -> Any:
+        """The value."""
+        encoded = self.encoded
+        return encoded if type(encoded) is not list else codec.decode(encoded, _no_memory)
+
+    def release(self) -> None:
+        """Nothing to release."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a payload belongs to this process; pass it as an argument of a call, or pickle what load() returns"
+        )
+
+    def __repr__(self) -> str:
+        return f"<ProcessPayload {self.nbytes:,} bytes, inline>"
+
+
 class _NoMemory:
     """Reader of values that are inline throughout."""
 
@@ -102,24 +137,28 @@ class ParentMemory:
         return None
 
 
-def encode(supply: WorkerSupply, memory: ParentMemory, value: Any) -> ProcessPayload:
+def encode(supply: WorkerSupply, memory: ParentMemory, value: Any) -> ProcessPayload | InlinePayload:
     """`value` in the form in which several calls can share it. Raises NotShippableError or SharedMemoryFullError.
     Any thread.
     """
+    encoded, nbytes, inline, blocks = encode_value(supply, memory, value)
+    return ProcessPayload(supply.books, encoded, nbytes, blocks, inline) if blocks else InlinePayload(encoded, nbytes)
+
+
+def encode_value(supply: WorkerSupply, memory: ParentMemory, value: Any) -> codec.Result:
+    """`value` encoded, with one lease on each of its blocks. What it mentions of by-value modules gets shipped."""
     result = codec.encode(value, memory, supply.inline_threshold)
-    payload = ProcessPayload(supply.books, result.encoded, result.nbytes, result.blocks, result.inline)
-    if type(result.encoded) is list:
-        encoded = result.encoded
-        kind = encoded[0]
-        if kind in (codec.PICKLE, codec.PICKLE_OOB, codec.STRUCT, codec.STRUCTS):
-            data = encoded[2] if kind in (codec.STRUCT, codec.STRUCTS) else encoded[1]
-            if type(data) is list:
-                memory_of, _ = supply.books.mappings[data[0]].memory()
-                mentioned = any(
-                    memory_of.find(name, data[2], data[2] + data[3]) >= 0 for name in supply.shipping.by_value
-                )
-            else:
-                mentioned = any(name in data for name in supply.shipping.by_value)
-            if mentioned:
-                supply.shipping.learn(value)
-    return payload
+    encoded = result.encoded
+    if type(encoded) is list and encoded[0] in _NAMING:
+        data = encoded[2] if encoded[0] in (codec.STRUCT, codec.STRUCTS) else encoded[1]
+        if type(data) is list:
+            memory_of, _ = supply.books.mappings[data[0]].memory()
+            mentioned = any(memory_of.find(name, data[2], data[2] + data[3]) >= 0 for name in supply.shipping.by_value)
+        else:
+            mentioned = any(name in data for name in supply.shipping.by_value)
+        if mentioned:
+            supply.shipping.learn(value)
+    return result
+
+
+_NAMING = frozenset((codec.PICKLE, codec.PICKLE_OOB, codec.STRUCT, codec.STRUCTS))

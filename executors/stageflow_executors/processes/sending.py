@@ -11,7 +11,7 @@ from typing import Any, Final
 from stageflow.core.errors import StageflowError
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
-from stageflow_executors.processes.payload import ProcessPayload, encode
+from stageflow_executors.processes.payload import InlinePayload, ProcessPayload, encode_value
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.state import LaneState, Lent, Task
 from stageflow_executors.shm import codec
@@ -33,23 +33,33 @@ class Sending(LaneState):
         encoded = []
         for index, value in enumerate(call.args):
             kind = type(value)
-            if kind in _WORDS or (kind is int and -_I64 <= value < _I64) or (kind is bytes and len(value) < 1024):
+            if (
+                kind in _WORDS
+                or (kind is int and -_I64 <= value < _I64)
+                or (kind is bytes and len(value) < 1024)
+                or (kind is str and len(value) < 1024 and value.isascii())
+            ):
                 task.bytes_in += 8
                 encoded.append(value)
                 continue
-            if kind is not ProcessPayload:
+            if kind is InlinePayload:
+                task.bytes_in += value.nbytes
+                encoded.append(value.encoded)
+                continue
+            if kind is ProcessPayload:
+                data, nbytes, inline, blocks = value.encoded, value.nbytes, value.inline, value.blocks
+                if blocks:
+                    self.supply.books.lease(blocks)
+            else:
                 try:
-                    value = encode(self.supply, self._memory, value)
+                    data, nbytes, inline, blocks = encode_value(self.supply, self._memory, value)
                 except StageflowError as error:
                     _name_argument(error, index, plain=type(call.shipped.function) is Plain)
                     raise
-            elif value.blocks:
-                self.supply.books.lease(value.blocks)
-                value = ProcessPayload(self.supply.books, value.encoded, value.nbytes, value.blocks, value.inline)
-            if value.blocks:
-                task.payloads.append(value)
-            task.bytes_in += value.nbytes
-            encoded.append(value.encoded)
+            if blocks:
+                task.payloads.append(ProcessPayload(self.supply.books, data, nbytes, blocks, inline))
+            task.bytes_in += nbytes
+            encoded.append(data)
         message = [ch.TASK, call.id, call.shipped.key, int(call.writable), encoded]
         data = ch.encode_message(message)
         if len(data) > ch.MAX_MESSAGE:
@@ -81,6 +91,38 @@ class Sending(LaneState):
                 break
             batch.append(queue.popleft())
         return batch
+
+    def _send_at_once(self, task: Task) -> bool:
+        """The most frequent case by the shortest way: a worker idles that knows the function, and nothing goes along.
+        """
+        lent = self._idle[-1]
+        handle, books = lent.handle, self.supply.books
+        if (
+            lent.tasks
+            or lent.outbox
+            or task.payloads
+            or books.dropped
+            or handle.retiring
+            or lent.death is not None
+            or task.call.shipped.key not in handle.functions
+            or handle.main_version != self.supply.shipping.version
+            or books.any_freed
+            or self._lent.get(handle.number) is not lent
+        ):
+            return False
+        del self._idle[-1]
+        task.worker = lent
+        task.frame = lent.next_frame
+        lent.tasks[task.call.id] = task
+        lent.next_frame += 1
+        lent.frames += 1
+        try:
+            if handle.channel.send(b"\x91" + task.data):
+                return True
+        except ch.Closed:
+            pass
+        self._send(lent, [task.data], [])
+        return True
 
     def _send_tasks(self, lent: Lent, batch: list[Task]) -> None:
         handle = lent.handle

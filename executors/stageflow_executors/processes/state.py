@@ -13,7 +13,7 @@ from typing import Any, Final
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
-from stageflow_executors.processes.payload import ParentMemory, ProcessPayload
+from stageflow_executors.processes.payload import InlinePayload, ParentMemory, ProcessPayload
 from stageflow_executors.processes.supply import WorkerSupply
 from stageflow_executors.shm import codec
 from stageflow_executors.shm.lease import ValueReader
@@ -91,14 +91,12 @@ class LaneState:
         if self.on_worker_event is not None:
             self.on_worker_event(name, fields)
 
-    def _value(self, encoded: Any, nbytes: int) -> ProcessPayload:
+    def _value(self, encoded: Any, nbytes: int) -> ProcessPayload | InlinePayload:
+        if type(encoded) is not list or not (blocks := codec.blocks_of(encoded)):
+            return InlinePayload(encoded, nbytes)
         books = self.supply.books
-        if type(encoded) is not list:
-            return ProcessPayload(books, encoded, nbytes, (), nbytes)
-        blocks = codec.blocks_of(encoded)
-        if blocks:
-            books.lease(blocks)
-        return ProcessPayload(books, encoded, nbytes, blocks, nbytes if not blocks else 64)
+        books.lease(blocks)
+        return ProcessPayload(books, encoded, nbytes, blocks, 64)
 
     def _meta(self, encoded: Any) -> Any:
         """What came beside a value, decoded at once: the engine reads it to decide what comes next."""
@@ -137,9 +135,10 @@ class LaneState:
     def _finish(self, task: Task, outcome: Outcome) -> None:
         if self._tasks.pop(task.call.id, None) is None:
             return
-        for payload in task.payloads:
-            payload.release()
-        if not self._tasks and self._waiters:
+        if task.payloads:
+            for payload in task.payloads:
+                payload.release()
+        if self._waiters and not self._tasks:
             for waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_result(None)

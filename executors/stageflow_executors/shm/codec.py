@@ -75,6 +75,9 @@ def encode(value: Any, memory: Memory, threshold: int) -> Result:
     kind = type(value)
     if kind in _SMALL:
         return Result(value, 8, 8, _NO_BLOCKS)
+    if kind is _ndarray:
+        name = _dtype_name(value.dtype)
+        return _array(value, name, memory, threshold) if name else _pickled(value, memory, threshold)
     if kind is int:
         if -_I64 <= value < _I64:
             return Result(value, 8, 8, _NO_BLOCKS)
@@ -107,10 +110,9 @@ def encode(value: Any, memory: Memory, threshold: int) -> Result:
         if value and issubclass(first := type(value[0]), msgspec.Struct) and is_closed(first):
             if (data := _typed(value, first, value)) is not None:
                 return _laid(STRUCTS, data, memory, threshold, _type_pickle(first))
-    else:
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and kind is numpy.ndarray and value.dtype.isbuiltin == 1 and not value.dtype.hasobject:
-            return _array(value, numpy, memory, threshold)
+    elif _ndarray is _Unknown and kind is getattr(sys.modules.get("numpy"), "ndarray", None):
+        _meet_numpy()
+        return encode(value, memory, threshold)
     return _pickled(value, memory, threshold)
 
 
@@ -147,21 +149,50 @@ def _memoryview(value: memoryview, memory: Memory, threshold: int) -> Result:
     return Result([VIEW, data, value.format, list(value.shape or ())], value.nbytes, inline, blocks)
 
 
-def _array(value: Any, numpy: Any, memory: Memory, threshold: int) -> Result:
+class _Unknown:
+    """Stands for numpy's array type until there is one."""
+
+
+_ndarray: Any = _Unknown
+_frombuffer: Any = None
+_dtype_names: dict[Any, str] = {}
+_dtypes: dict[str, Any] = {}
+
+
+def _meet_numpy() -> None:
+    global _ndarray, _frombuffer
+    import numpy
+
+    _ndarray, _frombuffer = numpy.ndarray, numpy.frombuffer
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The text that numpy makes `dtype` from; "" for those that need a pickle."""
+    name = _dtype_names.get(dtype)
+    if name is None:
+        name = dtype.str if dtype.isbuiltin == 1 and not dtype.hasobject else ""
+        if len(_dtype_names) < 1000:
+            _dtype_names[dtype] = name
+    return name
+
+
+def _array(value: Any, dtype: str, memory: Memory, threshold: int) -> Result:
+    nbytes = value.nbytes
+    flags = value.flags
     order = "C"
-    if not value.flags.c_contiguous:
-        if value.flags.f_contiguous:
+    if not flags.c_contiguous:
+        if flags.f_contiguous:
             order = "F"
-        else:
-            value = numpy.ascontiguousarray(value)
-    if value.nbytes == 0:
-        data, inline, blocks = b"", 0, _NO_BLOCKS
-    elif value.nbytes < threshold:
-        data, inline, blocks = value.tobytes(order), value.nbytes, _NO_BLOCKS
-    else:
-        flat = (value.T if order == "F" else value).reshape(-1).view(numpy.uint8)
-        data, inline, blocks = _buffer(memoryview(flat), memory, threshold)
-    return Result([ARRAY, data, value.dtype.str, value.shape, order], value.nbytes, inline + 32, blocks)
+        elif nbytes >= threshold:
+            value = value.copy("C")
+    if nbytes < threshold or not nbytes:
+        data = value.tobytes(order)
+        return Result([ARRAY, data, dtype, value.shape, order], nbytes, nbytes + 32, _NO_BLOCKS)
+    import numpy
+
+    flat = (value.T if order == "F" else value).reshape(-1).view(numpy.uint8)
+    data, inline, blocks = _buffer(memoryview(flat), memory, threshold)
+    return Result([ARRAY, data, dtype, value.shape, order], nbytes, inline + 32, blocks)
 
 
 # ---------------------------------------------------------------- pickle
@@ -506,12 +537,21 @@ def decode(encoded: Encoded, reader: Reader, writable: bool = False) -> Any:
 
 
 def _load_array(encoded: Encoded, reader: Reader, writable: bool) -> Any:
-    import numpy
+    if _frombuffer is None:
+        _meet_numpy()
+    _, data, name, shape, order = encoded
+    dtype = _dtypes.get(name)
+    if dtype is None:
+        import numpy
 
-    _, data, dtype, shape, order = encoded
+        dtype = _dtypes[name] = numpy.dtype(name)
     if type(data) is list:
-        return numpy.ndarray(shape, dtype, reader.view(data, writable=writable), order=order)
-    return numpy.ndarray(shape, dtype, bytearray(data) if writable or not data else data, order=order)
+        return _ndarray(shape, dtype, reader.view(data, writable=writable), order=order)
+    if writable or not data:
+        return _ndarray(shape, dtype, bytearray(data), order=order)
+    if len(shape) == 1:
+        return _frombuffer(data, dtype)
+    return _ndarray(shape, dtype, data, order=order)
 
 
 def blocks_of(encoded: Encoded) -> tuple[Key, ...]:

@@ -243,8 +243,15 @@ class Books:
             else:
                 self._freed.setdefault(sid >> 24, []).append(key)
 
+    @property
+    def any_freed(self) -> bool:
+        """Are there blocks that some owner has to be told of?"""
+        return bool(self._freed)
+
     def take_freed(self, owner: int) -> list[Key]:
         """Blocks of `owner` that nobody reads any more."""
+        if not self.dropped and owner not in self._freed:
+            return []
         self.settle()
         if owner not in self._freed:
             return []
