@@ -27,6 +27,19 @@ _PURGE_EVERY = 512  # writes between sweeps of expired results
 
 T = TypeVar("T")
 
+_waiters: WeakValueDictionary[str, Waiters] = WeakValueDictionary()
+_waiters_lock = threading.Lock()
+
+
+def _waiters_of(path: Path) -> Waiters:
+    """Stores of this process over one file wake each other: a claim held here is settled here."""
+    key = os.path.realpath(path)
+    with _waiters_lock:
+        found = _waiters.get(key)
+        if found is None:
+            found = _waiters[key] = Waiters()
+        return found
+
 
 class SqliteIdempotencyStore:
     """An `IdempotencyStore` in one file. SQLite works in one thread of the store, so no loop is ever blocked.
@@ -44,7 +57,7 @@ class SqliteIdempotencyStore:
         synchronous: str = "NORMAL",
     ) -> None:
         self.path = Path(path) if path is not None else default_folder() / "idempotency.db"
-        self.waiters = Waiters()
+        self.waiters = _waiters_of(self.path)
         self._clock = clock
         self._busy_seconds = busy_seconds
         self._synchronous = synchronous

@@ -516,6 +516,7 @@ class WorkerSupply:
                 return
             self.closed = True
             workers = list(self.workers.values())
+            self._say_goodbye(min(timeout, FAREWELL))
             if self.start_method == "spawn":
                 self._end_spawned(workers, timeout)
             elif self.control is not None:
@@ -539,6 +540,18 @@ class WorkerSupply:
             self.books.retire(PARENT)
             self.arena.close()
         _all_supplies.discard(self)
+
+    def _say_goodbye(self, timeout: float) -> None:
+        """Let idle workers leave in order: what stages opened there is closed, what they buffered is written."""
+        leaving = []
+        for worker in list(self.idle):
+            self.dismiss(worker)
+            if worker.pidfd >= 0:
+                leaving.append(worker.pidfd)
+        deadline = time.monotonic() + timeout
+        while leaving and (left := deadline - time.monotonic()) > 0:
+            ended, _, _ = select.select(leaving, [], [], left)
+            leaving = [fd for fd in leaving if fd not in ended]
 
     def _end_spawned(self, workers: Iterable[WorkerHandle], timeout: float) -> None:
         for worker in workers:
