@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import marshal
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from stageflow_executors.shm.lease import Books
 
 MAX_FAILED_STARTS: Final = 3
 RETRY_STARTS_AFTER: Final = 1.0
+FAREWELL: Final = 1.0  #: seconds that idle workers have to leave in order; the others are killed
 PARENT: Final = 0  #: the parent's number as an owner of segments
 _OWN_MODULES: Final = ("stageflow_executors.processes.worker_main",)
 _CONTROL_ROOM: Final = socket.CMSG_SPACE(4 * 4)
@@ -543,15 +545,21 @@ class WorkerSupply:
 
     def _say_goodbye(self, timeout: float) -> None:
         """Let idle workers leave in order: what stages opened there is closed, what they buffered is written."""
-        leaving = []
+        leaving: set[int] = set()
         for worker in list(self.idle):
             self.dismiss(worker)
             if worker.pidfd >= 0:
-                leaving.append(worker.pidfd)
+                leaving.add(worker.pidfd)
+        if not leaving:
+            return
+        ends = select.poll()
+        for pidfd in leaving:
+            ends.register(pidfd, select.POLLIN)
         deadline = time.monotonic() + timeout
         while leaving and (left := deadline - time.monotonic()) > 0:
-            ended, _, _ = select.select(leaving, [], [], left)
-            leaving = [fd for fd in leaving if fd not in ended]
+            for pidfd, _ in ends.poll(left * 1000.0):
+                ends.unregister(pidfd)
+                leaving.discard(pidfd)
 
     def _end_spawned(self, workers: Iterable[WorkerHandle], timeout: float) -> None:
         for worker in workers:
