@@ -270,6 +270,13 @@ class WorkerRecycled(EventData, frozen=True, kw_only=True):
     rss_bytes: int | None = None
 
 
+class BlockedLoop(EventData, frozen=True, kw_only=True):
+    """A stage on the event loop let nobody else run for so long (`stage.blocked_loop`); sent while it does."""
+
+    seconds: float = 0.0
+    stack: str = ""
+
+
 class Backpressure(EventData, frozen=True, kw_only=True):
     """Something that was allowed is not (`backpressure.entered`), or is again (`backpressure.left`)."""
 
@@ -444,6 +451,7 @@ CATALOGUE: Final[dict[str, type[EventData]]] = {
     names.STAGE_RETRYING: StageRetrying,
     names.STAGE_PLACED: StagePlaced,
     names.STAGE_IDEMPOTENCY_HIT: StageIdempotencyHit,
+    names.STAGE_BLOCKED_LOOP: BlockedLoop,
     names.STAGE_PROGRESS: StageProgress,
     names.STAGE_LOG: StageLog,
     names.STAGE_PRINT: StagePrint,

@@ -26,6 +26,7 @@ from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Payloa
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageKind, StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
+from stageflow.events import names
 from stageflow.events.event import Event
 from stageflow.events.fanout import FanOut
 from stageflow.pipeline.policies import DEFAULT_POLICIES
@@ -98,6 +99,7 @@ class Driver:
         self.engine = engine
         self.failing = FailingBlocks()
         self.sampler = Sampler(self)
+        self.watchers: tuple[Any, ...] = ()  # of memory and of the loop; begun and ended with the first and last run
         live_drivers.add(self)
         self._signals: list[Any] = []
         self._scheduled = False
@@ -202,6 +204,8 @@ class Driver:
                 failure.__cause__ = error
                 job.finished.set_exception(failure)
         self.jobs.clear()
+        for watcher in self.watchers:
+            watcher.end()
         for task in list(self.running):
             self.running[task].executor.cancel(task, reason="the scheduler failed", force=True)
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -220,6 +224,9 @@ class Driver:
         job.listening = listening = self.events.listening or job.sinks is not None
         if listening:
             self.sampler.begin()
+        if len(self.jobs) == 1:
+            for watcher in self.watchers:
+                watcher.begin()
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
@@ -288,6 +295,8 @@ class Driver:
         job = self.jobs.pop(action.run)
         if not self.jobs:
             self.sampler.end()
+            for watcher in self.watchers:
+                watcher.end()
         now = self.clock.monotonic()
         for stage, pump in list(job.pumps.items()):
             # it had the whole grace to close
@@ -1128,6 +1137,22 @@ class Driver:
     def _keep_items(self, action: act.KeepItems) -> None:
         count = action.hi - action.lo if action.mask < 0 else action.mask.bit_count()
         self.jobs[action.run].book.keep(action.stage, action.lo, count, action.at, action.handle)
+
+    def loop_blocked(self, seconds: float, codes: list[Any], stack: str) -> None:
+        """A stage on the loop has kept it busy for so long. Called by the watchdog, in its thread."""
+        for job in list(self.jobs.values()):
+            for spec, lane in zip(job.graph.specs, job.code.lanes, strict=True):
+                runner = spec.runner if spec.form == "function" else getattr(spec.runner, "execute", None)
+                if lane == "async" and getattr(runner, "__code__", None) in codes:
+                    _log.warning(
+                        "stage %r has blocked the event loop for %.0f ms; make it a plain function, or give it "
+                        "executor='thread'\n%s", spec.name, seconds * 1000.0, stack,
+                    )  # fmt: skip
+                    data = {"seconds": seconds, "stack": stack}
+                    self.loop.call_soon_threadsafe(
+                        self._event, names.STAGE_BLOCKED_LOOP, job, spec.name, None, None, lane, data
+                    )
+                    return
 
     def _spill(self, action: act.Spill) -> None:
         job = self.jobs[action.run]

@@ -223,6 +223,8 @@ class Engine:
             if state is not None and state.loop is loop:
                 return state
             from stageflow.runtime.driver import Driver
+            from stageflow.runtime.monitor import Monitor
+            from stageflow.runtime.watchdog import Watchdog
             from stageflow.scheduler.machine import Machine
 
             machine = Machine(
@@ -232,10 +234,13 @@ class Engine:
                 grace=self.config.grace,
                 poison_limit=self.config.poison_limit,
                 ahead={"process": AHEAD},
+                policies=self.config.backpressure,
             )
             driver = Driver(
                 loop, machine, {}, clock=self.clock, events=self.events, policies=self._policies(), engine=self
             )
+            if type(self.clock) is RealClock:
+                driver.watchers = (Monitor(driver, self.config.ladder), Watchdog(loop, driver.loop_blocked))
             state = self._states[id(loop)] = _LoopState(loop, driver)
             return state
 
@@ -279,6 +284,8 @@ class Engine:
             await asyncio.wait(pending, timeout=self.config.grace + 5.0)
         with self._lock:
             self._states.pop(id(state.loop), None)
+        for watcher in driver.watchers:
+            watcher.close()
         for executor in state.lanes.values():
             await executor.aclose(grace=self.config.grace)
         state.lanes.clear()

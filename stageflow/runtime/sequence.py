@@ -11,7 +11,7 @@ from typing import Any, overload
 class Values:
     """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
 
-    __slots__ = ("_count", "_payload", "_values", "kept", "on_disk", "nbytes", "paths")
+    __slots__ = ("_count", "_payload", "_values", "kept", "nbytes", "on_disk", "paths")
 
     def __init__(self, values: list[Any] | None, payload: Any = None, nbytes: int = 0, count: int = -1) -> None:
         self._values = values

@@ -138,6 +138,15 @@ class ProcessExecutor(Hearing):
         running, phase, _ = task.worker.handle.page.running()
         return task.worker.handle.page.progress() if running == call_id and phase >= status.RUN else None
 
+    def running_in(self) -> list[tuple[int, int]]:
+        """(call id, worker pid) of the calls that are inside their function now."""
+        found = []
+        for lent in self._lent.values():
+            running, phase, _ = lent.handle.page.running()
+            if phase >= status.RUN and running in self._tasks:
+                found.append((running, lent.handle.pid))
+        return found
+
     async def aclose(self, *, grace: float | None = None) -> None:
         """Stop everything within `grace` seconds, then by force; every call gets its outcome first. Idempotent."""
         loop = self._loop

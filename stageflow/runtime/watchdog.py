@@ -1,0 +1,98 @@
+"""Names the stage that blocks the event loop, with its stack, while it does so.
+
+A thread pings the loop while runs are active; a ping that stays unanswered means the loop is inside somebody's code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+_log = logging.getLogger("stageflow")
+EVERY: Final = 0.05  # seconds between pings
+BLOCKED: Final = 0.1  # seconds without an answer that are reported
+
+
+class Watchdog:
+    """Watches one loop. `begin` and `end` with each run. `blocked(seconds, frames, stack)` is called in the
+    watchdog's own thread, once per blockage."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, blocked: Callable[[float, list[Any], str], None]) -> None:
+        self._loop = loop
+        self._blocked = blocked
+        self._runs = 0
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._loop_thread = threading.get_ident()
+        self._answered = 0
+        self._closed = threading.Event()
+
+    def begin(self) -> None:
+        """One more run is active."""
+        self._runs += 1
+        if self._runs == 1:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="stageflow-watchdog", daemon=True)
+                self._thread.start()
+            self._wanted.set()
+
+    def end(self) -> None:
+        """One run less."""
+        self._runs = max(0, self._runs - 1)
+        if self._runs == 0:
+            self._wanted.clear()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._wanted.set()
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=1.0)
+
+    def _answer(self, ping: int) -> None:
+        self._answered = ping
+
+    def _watch(self) -> None:
+        ping = 0
+        sent = 0.0
+        reported = 0
+        while True:
+            self._wanted.wait()
+            if self._closed.is_set():
+                return
+            if self._answered == ping:
+                ping += 1
+                sent = time.monotonic()
+                try:
+                    self._loop.call_soon_threadsafe(self._answer, ping)
+                except RuntimeError:
+                    return  # the loop is closed
+            if self._closed.wait(EVERY):
+                return
+            late = time.monotonic() - sent
+            if self._answered != ping and late > BLOCKED and reported != ping:
+                reported = ping
+                self._report(late)
+
+    def _report(self, late: float) -> None:
+        frame = sys._current_frames().get(self._loop_thread)
+        if frame is None:
+            return
+        frames: list[FrameType] = []
+        at: FrameType | None = frame
+        while at is not None:
+            frames.append(at)
+            at = at.f_back
+        stack = "".join(traceback.format_stack(frame))
+        try:
+            self._blocked(late, [one.f_code for one in frames], stack)
+        except Exception:
+            _log.exception("the watchdog could not report a blocked loop")
