@@ -1,4 +1,4 @@
-"""A driver without loop, clock or lanes: performs actions of a machine on sketched pipelines, in an order dice decide.
+"""A driver without loop or lanes: performs actions of a machine on sketched pipelines, in an order dice decide.
 
 The runners are really called; when an attempt ends, how much of a block comes back, when workers die and when timers
 fire is chosen at random. After each signal the books are audited.
@@ -68,6 +68,7 @@ class Simulation:
         self.pulls = {}  # (run, stage) -> items asked for
         self.sources = {}
         self.deciding = []
+        self.spills = []
         self.values = {}  # (run, handle) -> list
         self.outputs = {}  # (run, stage) -> value
         self.kept = {}  # (run, stage) -> [(lo, values)]
@@ -112,6 +113,7 @@ class Simulation:
         choices.extend(("end", task) for task, under in self.under.items() if not under.hung or under.stopped)
         choices.extend(("pull", key) for key in self.pulls)
         choices.extend(("decide", one) for one in self.deciding)
+        choices.extend(("spilled", one) for one in self.spills)
         if self.timers and (not choices or self.dice.randint(0, 9) == 0):
             choices = [("timer", min(self.timers, key=lambda timer: self.timers[timer][0]))]
         if not choices:
@@ -172,6 +174,10 @@ class Simulation:
     def do_StopSource(self, action):
         self.pulls[action.run, action.stage] = -1
 
+    def do_Spill(self, action):
+        assert (action.run, action.handle) in self.values, "only what is held goes to disk"
+        self.spills.append((action.run, action.stage, action.handle))
+
     def do_Decide(self, action):
         self.deciding.append((action.run, action.stage))
 
@@ -207,6 +213,7 @@ class Simulation:
         self.values = {key: value for key, value in self.values.items() if key[0] != action.run}
         self.pulls = {key: value for key, value in self.pulls.items() if key[0] != action.run}
         self.deciding = [one for one in self.deciding if one[0] != action.run]
+        self.spills = [one for one in self.spills if one[0] != action.run]
 
     # ------------------------------------------------------------ what happens
 
@@ -217,6 +224,10 @@ class Simulation:
         if task in self.under and self.under[task].hung:
             elapsed = self.now - self.under[task].since
         self.send(sig.TimerDue(timer, elapsed))
+
+    def spilled(self, one):
+        self.spills.remove(one)
+        self.send(sig.Spilled(*one, ok=self.dice.randint(0, 4) > 0))
 
     def decide(self, one):
         self.deciding.remove(one)
@@ -485,6 +496,7 @@ class Simulation:
         assert not machine.runs
         assert not machine.tasks
         assert machine.live_bytes == 0
+        assert machine.spilling == 0
         assert all(lane.used == 0 for lane in machine.lanes.values())
         assert sorted(machine.admission.free_tokens["gpu"]) == [0, 1]
         assert not machine.admission.busy

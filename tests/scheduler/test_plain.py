@@ -46,7 +46,8 @@ def told(actions):
         if type(action) is not act.Completed:
             found.append(action)
             continue
-        for row in action.rows:
+        width = len(act.ROW)
+        for row in (action.rows[at : at + width] for at in range(0, len(action.rows), width)):
             stage, attempt, _, duration, *rest = row
             seconds, cpu_seconds, bytes_in, bytes_out, pid, started = rest
             shared = {

@@ -161,9 +161,9 @@ def test_assertions_pass_and_chain():
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        (lambda: assert_output(StageOutput.fail("boom")).succeeded(), "Expected success.*status=fail.*'boom'"),
-        (lambda: assert_output(StageOutput.ok(3)).failed(), "Expected failure.*data=3"),
-        (lambda: assert_output(StageOutput.ok({})).has_data(), "Expected data.*{}"),
+        (lambda: assert_output(StageOutput.fail("boom")).succeeded(), r"Expected success.*status=fail.*'boom'"),
+        (lambda: assert_output(StageOutput.ok(3)).failed(), r"Expected failure.*data=3"),
+        (lambda: assert_output(StageOutput.ok({})).has_data(), r"Expected data.*\{\}"),
         (lambda: assert_output(StageOutput.ok({"a": 1})).value("a", 2), "'a' to be 2 and not 1"),
         (lambda: assert_output(StageOutput.ok({"a": 1})).contains("b"), "key 'b'.*{'a': 1}"),
         (lambda: assert_output(StageOutput.ok()).metadata("k"), "metadata with the key 'k'"),
@@ -186,7 +186,7 @@ def test_event_assertions(stageflow_engine, recording_sink):
     stageflow_engine.run(PipelineBuilder("p").stage("a", SuccessStage()).build())
     recording_sink.assert_emitted("stage.*", stage="a")
     recording_sink.assert_not_emitted("stage.failed")
-    with pytest.raises(AssertionError, match="saw 0.*run.started"):
+    with pytest.raises(AssertionError, match=r"saw 0.*run\.started"):
         recording_sink.assert_emitted("stage.failed")
     with pytest.raises(AssertionError, match="'run.started' is missing"):
         recording_sink.assert_order("run.completed", "run.started")
@@ -247,7 +247,8 @@ async def test_a_context_honours_everything_it_is_given():
     seen = []
     output = await context.run(Reads)
     assert output.data == {
-        "url": "u", "fetch": b"x", "failed": ["other"], "meta": 1, "run": ("run-7", "req-1"), "attempt": 3, "item": (4,),
+        "url": "u", "fetch": b"x", "failed": ["other"], "meta": 1, "run": ("run-7", "req-1"),
+        "attempt": 3, "item": (4,),
     }  # fmt: skip
     assert [event["type"] for event in context.events] == ["seen"]
     assert seen == ["cleaned"]

@@ -1,0 +1,161 @@
+"""The engine as a process among others: scripts with and without a guard, the REPL, signals, and death."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+PRELUDE = """
+import os, sys, time, threading
+from stageflow import PipelineBuilder, Engine
+def square(x):
+    return x * x
+"""
+GRAPH = """
+graph = (
+    PipelineBuilder("p")
+    .map("m", square, "xs", executor="process")
+    .stage("n", lambda m: sum(m), executor="process")
+    .build()
+)
+"""
+
+
+def script(tmp_path, body):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(body))
+    return [sys.executable, str(path)]
+
+
+def output(command, **keywords):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, **keywords)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_functions_of_a_script_and_lambdas_run_in_workers(tmp_path, guard):
+    run = 'print(graph.run({"xs": list(range(10))}, processes=2).data("n"))'
+    body = GRAPH + (f"if __name__ == '__main__':\n    {run}\n" if guard else run + "\n")
+    assert output(script(tmp_path, body)) == "285"
+
+
+def test_functions_of_the_repl_run_in_workers():
+    code = PRELUDE + GRAPH + 'print(graph.run({"xs": [1, 2, 3]}, processes=1).data("n"))\n'
+    assert output([sys.executable, "-c", code]) == "14"
+    assert output([sys.executable, "-"], input=code) == "14"
+
+
+def test_a_fresh_worker_has_nothing_of_the_engine(tmp_path):
+    (tmp_path / "stages_only.py").write_text("import sys\ndef names():\n    return sorted(sys.modules)\n")
+    body = """
+    from stages_only import names
+    graph = PipelineBuilder("p").stage("names", names, executor="process").build()
+    print("\\n".join(graph.run(processes=1).data("names")))
+    """
+    names = set(output(script(tmp_path, body), cwd=tmp_path).splitlines())
+    assert "stages_only" in names
+    for forbidden in ("stageflow.scheduler", "stageflow.runtime", "stageflow.cli", "stageflow.report", "rich", "numpy",
+                      "opentelemetry.sdk"):  # fmt: skip
+        assert not {name for name in names if name == forbidden or name.startswith(forbidden + ".")}, forbidden
+
+
+def test_a_run_started_inside_a_worker_uses_no_further_processes(tmp_path):
+    body = """
+    def outer():
+        inner = PipelineBuilder("in").map("m", square, "xs", executor="process").build()
+        return list(inner.run({"xs": [1, 2, 3]}).data("m"))
+    graph = PipelineBuilder("p").stage("outer", outer, executor="process").build()
+    print(graph.run(processes=1).data("outer"))
+    """
+    assert output(script(tmp_path, body)) == "[1, 4, 9]"
+
+
+# ---------------------------------------------------------------- signals
+
+WAITING = """
+def wait(x, ctx):
+    ctx.defer(lambda: print("cleaned", flush=True))
+    open(os.environ["ENTERED"], "w").close()
+    while True:
+        {heed}
+        time.sleep(0.005)
+graph = PipelineBuilder("p").stage("wait", wait, inputs={{"x": "x"}}, executor="{lane}", kind="work").build()
+engine = Engine(processes=1, grace={grace})
+try:
+    engine.run(graph, {{"x": 1}})
+except KeyboardInterrupt as stop:
+    print("interrupted", stop.result.status, flush=True)
+    engine.close()
+    sys.exit(130)
+"""
+
+
+def start(tmp_path, body):
+    """The script as a process, as soon as its stage runs."""
+    entered = tmp_path / "entered"
+    process = subprocess.Popen(
+        script(tmp_path, body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "ENTERED": str(entered)},
+    )  # fmt: skip
+    limit = time.monotonic() + 30
+    while not entered.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "the stage never began"
+        time.sleep(0.01)
+    return process
+
+
+def lines(process):
+    out, err = process.communicate(timeout=40)
+    return out.splitlines(), err
+
+
+@pytest.mark.parametrize("lane", ["thread", "process"])
+def test_ctrl_c_stops_a_run_and_its_cleanup_runs(tmp_path, lane):
+    process = start(tmp_path, WAITING.format(heed="ctx.raise_if_cancelled()", lane=lane, grace=5))
+    process.send_signal(signal.SIGINT)
+    out, err = lines(process)
+    assert process.returncode == 130, err
+    assert "interrupted cancelled" in out
+    if lane == "thread":
+        assert "cleaned" in out
+
+
+def test_ctrl_c_twice_does_not_wait_for_the_grace(tmp_path):
+    process = start(tmp_path, WAITING.format(heed="pass", lane="process", grace=30))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # two presses, not one
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    out, err = lines(process)
+    assert process.returncode == 130, err
+    assert time.monotonic() - begun < 15
+    assert "interrupted cancelled" in out
+
+
+def test_sigterm_stops_a_run(tmp_path):
+    process = start(tmp_path, WAITING.format(heed="ctx.raise_if_cancelled()", lane="process", grace=5))
+    process.send_signal(signal.SIGTERM)
+    _, err = lines(process)
+    assert process.returncode in (143, -signal.SIGTERM), err
+
+
+def test_killing_the_engine_leaves_no_process_within_two_seconds(tmp_path):
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    process = start(tmp_path, WAITING.format(heed="pass", lane="process", grace=30))
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert family
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=2)
+    assert not alive
+    process.stdout.close()
+    process.stderr.close()
+    if before:
+        assert {name for name in set(os.listdir("/dev/shm")) - before if "stageflow" in name} == set()
