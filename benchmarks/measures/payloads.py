@@ -57,9 +57,15 @@ def _round_trip(scale: float) -> Iterator[Sides]:
         yield sides
 
 
-def consumers(count: int) -> Any:
-    """One array as an input of the graph, read by `count` process stages."""
-    builder = PipelineBuilder("consumers", inputs={"array": object})
+def consumers(count: int, array: Any = None) -> Any:
+    """One array read by `count` process stages: the value of a stage before them, or (None) an input of the graph."""
+
+    async def made() -> Any:
+        return array
+
+    builder = PipelineBuilder("consumers", inputs={"array": object} if array is None else {})
+    if array is not None:
+        builder.stage("array", made)
     for number in range(count):
         builder.stage(f"c{number}", touch, kind=StageKind.TRANSFORM, executor="process", fuse=False)
     return builder.build()
@@ -75,14 +81,14 @@ def _to_consumers(scale: float) -> Iterator[Sides]:
         array = _array(scale)
         expected = touch(array)
         runner, engine = stack.enter_context(engine_on_loop(processes=WORKERS))
-        graph = consumers(CONSUMERS)
 
-        def through_engine() -> None:
-            result = runner.run(engine.execute(graph, {"array": array}))
+        def through_engine(graph: Any, inputs: dict[str, Any]) -> None:
+            result = runner.run(engine.execute(graph, inputs))
             assert result.success, result.error
             assert result.data("c7") == expected
 
-        sides.add("ours", timed(through_engine, repeat=3))
+        sides.add("ours", timed(partial(through_engine, consumers(CONSUMERS, array), {}), repeat=3))
+        sides.add("input", timed(partial(through_engine, consumers(CONSUMERS), {"array": array}), repeat=3))
         into = np.empty_like(array)
         sides.add("copy", timed(lambda: np.copyto(into, array), repeat=7))
         ray = enter(stack, sides, "ray", ray_here())
@@ -250,6 +256,14 @@ SCENARIOS = (
                 what="100 MB to 8 process stages",
                 against="warm copies of 100 MB",
                 over="ours",
+                under="copy",
+                bar=1.3,
+            ),
+            Row(
+                id="P2",
+                what="the same as an input of the graph",
+                against="warm copies of 100 MB",
+                over="input",
                 under="copy",
                 bar=1.3,
             ),
