@@ -32,8 +32,8 @@ _APART: Final = frozenset(
     {names.RUN_STARTED, names.RUN_COMPLETED, names.RUN_FAILED, names.RUN_CANCELLED, names.WORKER_STARTED}
 )
 _MAX_LATE: Final = 65_536
-#: rows of this many stages are packed into a table: 80 bytes a stage
-_MAX_ROWS: Final = 32_768
+#: rows of more stages than this (a tenth) are packed into a table: 80 bytes a stage
+_MAX_CELLS: Final = 327_680
 _WIDTH: Final = 10
 
 
@@ -249,7 +249,7 @@ class StatsFold:
     )
 
     def __init__(self, stages: Sequence[str] = (), *, specs: Sequence[Any] = (), lanes: Sequence[str] = ()) -> None:
-        self._rows: list[tuple[Any, ...]] = []  # of stages that succeeded, told in short
+        self._rows: list[Any] = []  # of stages that succeeded, told in short
         self._table: array[float] = array("d")  # the same, when there are many
         self._stages = (specs, lanes)  # what the numbers in rows mean
         self._zero = (0.0, 0)
@@ -316,25 +316,22 @@ class StatsFold:
         # a row is the last that is heard of its stage, so it may come after every event
         rows, self._rows = self._rows, []
         table, self._table = self._table, array("d")
-        for at in range(0, len(table), _WIDTH):
-            self._row(*table[at : at + _WIDTH])
-        for row in rows:
-            self._row(*row)
+        for told in (table, rows):
+            for at in range(0, len(told), _WIDTH):
+                self._row(*told[at : at + _WIDTH])
 
     def begins(self, monotonic: float, time_unix_ns: int) -> None:
         """The run begins at this time, by two clocks: rows are told by the first."""
         self._zero = (monotonic, time_unix_ns)
 
-    def take(self, rows: list[tuple[Any, ...]], told: int = 1) -> None:
-        """Take rows (`stageflow.scheduler.actions.ROW`) of plain stages that succeeded; each stands for `told` events."""
-        self.events += told * len(rows)
+    def take(self, rows: list[Any], told: int = 1) -> None:
+        """Take rows (`stageflow.scheduler.actions.ROW`) of plain stages that succeeded; each is `told` events."""
+        self.events += told * (len(rows) // _WIDTH)
         own = self._rows
         own += rows
-        if len(own) >= _MAX_ROWS:
+        if len(own) >= _MAX_CELLS:
             self._rows = []
-            table = self._table
-            for row in own:
-                table.extend(row)
+            self._table.extend(own)
 
     def _row(
         self,

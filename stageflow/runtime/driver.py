@@ -52,6 +52,7 @@ _OK: Final = OutcomeKind.OK
 #: values of which nothing needs to be looked at: they are no payload, output, mapping or route
 _SCALARS: Final = frozenset({bool, int, float, str, bytes, list, tuple})
 CROSSING_FROM: Final = 65536  # bytes of items from which their producer encodes them for readers in other processes
+WIDTH: Final = len(act.ROW)
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
@@ -59,8 +60,10 @@ FROZEN: Final = 1.0  # a timer this late means the process was stopped or the lo
 live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 
-class Running(msgspec.Struct, eq=False):
-    """One attempt under way, as the driver knows it. `claim` is what acts around it, if anything."""
+class Running(msgspec.Struct, eq=False, gc=False):
+    """One attempt under way, as the driver knows it. `claim` is what acts around it, if anything.
+
+    Not known to the collector, which would walk all that run: it is taken out by hand when the attempt ends."""
 
     job: Job
     action: Any
@@ -1321,14 +1324,15 @@ class Driver:
         """Stages have succeeded: into the books, and told to whoever listens."""
         job = self.jobs[action.run]
         if not (job.listening or self.events.listening):
-            self._seq += len(action.rows)
+            self._seq += len(action.rows) // WIDTH
             job.stats.take(action.rows)
             return
         job.stats.take(action.rows, told=1 + job.listening)
         specs, lanes, run_id = job.graph.specs, job.code.lanes, job.run_id
         time_ns, told = self.clock.time_ns, job.listening
         sinks = [sinks for sinks in (job.sinks, self.events) if sinks is not None and sinks.listening]
-        for stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started in action.rows:
+        rows = iter(action.rows)
+        for stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started in zip(*[rows] * WIDTH):
             name, lane = specs[stage].name, lanes[stage]
             data = {  # of both events
                 "status": "ok",

@@ -122,11 +122,12 @@ class Emit(Action):
 
 
 class Completed(Action):
-    """Attempts of plain stages have succeeded, and their stages with them: book them, tell the sinks. A row each, in
-    the order of `ROW`; seconds are monotonic or durations, of `now` and `duration` as the scheduler saw them."""
+    """Attempts of plain stages have succeeded, and their stages with them: book them, tell the sinks. `rows` has
+    the fields of `ROW` of each, one row after the other (a container less per stage is one less for the collector to
+    walk); times are monotonic seconds, `now` and `duration` as the scheduler saw them."""
 
     run: int
-    rows: list[tuple[Any, ...]]
+    rows: list[Any]
 
 
 #: the fields of a row of `Completed`

@@ -19,8 +19,9 @@ from stageflow.scheduler.streams import Segment, Stream
 Entry = tuple[int, int, int, int, "Run", int, "Stream | None", float]
 
 
-class Task(msgspec.Struct, eq=False):
-    """One attempt under way. `segments` and `job` are set for blocks and folds. A Struct: made in C."""
+class Task(msgspec.Struct, eq=False, gc=False):
+    """One attempt under way. `segments` and `job` are set for blocks and folds. A Struct: made in C,
+    and not known to the collector, which would walk all that run: it is taken out by hand when the attempt ends."""
 
     id: int
     run: Run

@@ -76,7 +76,7 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         self.unrolled = True  # take the short way for plain stages (tests compare it with the long one)
         self.final_states: dict[int, bytes] = {}  # of finished runs, until the driver takes them
         self._out: list[Any] = []
-        self._rows: list[tuple[Any, ...]] = []  # of `_rows_of`: attempts that ended well in this turn
+        self._rows: list[Any] = []  # of `_rows_of`: attempts that ended well in this turn
         self._rows_of: int = 0
         self._stirred: Lane | None = None  # where a plain stage ended or came ready in this turn
         self._mixed: bool = False  # there is more than one such lane

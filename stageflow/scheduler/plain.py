@@ -90,10 +90,18 @@ class PlainRules:
             if self._rows:
                 self._tell_rows()
             self._rows_of = run.id
-        self._rows.append(
-            (stage, task.attempt, now, now - task.since, seconds, signal.cpu_seconds, signal.bytes_in, signal.nbytes,
-             signal.worker_pid, signal.started)
-        )  # fmt: skip
+        self._rows += (
+            stage,
+            task.attempt,
+            now,
+            now - task.since,
+            seconds,
+            signal.cpu_seconds,
+            signal.bytes_in,
+            signal.nbytes,
+            signal.worker_pid,
+            signal.started,
+        )
         run.open -= 1
         dependents = layout.dependents[stage]
         if dependents:
