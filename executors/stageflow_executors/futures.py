@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import itertools
+import multiprocessing.process
 import os
 import pickle
 import queue
@@ -38,11 +39,16 @@ from stageflow_executors.processes.supply import WorkerSupply
 
 MAX_CHUNK: Final = 512
 CHUNK_SECONDS: Final = 0.001
+LEAST_SECONDS: Final = 0.0001  #: work worth a hand-off of its own while another short chunk is under way
 Future = concurrent.futures.Future
 
 
 class LostWorkerError(WorkerDiedError, BrokenProcessPool):
     """The worker that ran this call died. Old `except BrokenProcessPool` clauses catch it; the pool is not broken."""
+
+
+class UnsendableError(NotShippableError, pickle.PicklingError):
+    """An argument or a result cannot cross. Old `except PicklingError` clauses catch it."""
 
 
 class BrokenInitializerError(BrokenProcessPool):
@@ -52,6 +58,15 @@ class BrokenInitializerError(BrokenProcessPool):
 def _invoke(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Calls what crosses as an argument."""
     return fn(*args, **kwargs)
+
+
+def _initialize_with_key(key: bytes, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    """In a worker: proxies of the parent's `multiprocessing` managers are answered only with the parent's key."""
+    import multiprocessing.process
+
+    multiprocessing.process.current_process().authkey = key
+    if initializer is not None:
+        initializer(*initargs)
 
 
 def _is_bound(fn: Any) -> bool:
@@ -95,6 +110,10 @@ def _resolve(future: Future[Any], info: ErrorInfo) -> None:
         lost = LostWorkerError(error.message, hint=error.hint, **error.fields)
         lost.__cause__ = error.__cause__
         error = lost
+    elif isinstance(error, NotShippableError):
+        unsendable = UnsendableError(error.message, hint=error.hint, **error.fields)
+        unsendable.__cause__ = error.__cause__
+        error = unsendable
     elif info.code == "SF-WORKER-START":
         broken = BrokenInitializerError(str(error))
         broken.__cause__ = error
@@ -113,7 +132,7 @@ class _Mapping(concurrent.futures.Executor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[Any]:
-        """As the standard's. `buffersize` bounds how many results may wait to be taken; chunks are made by themselves."""
+        """As the standard's. `buffersize` bounds how many results may wait; chunks are made by themselves."""
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and not isinstance(buffersize, int):
@@ -124,28 +143,31 @@ class _Mapping(concurrent.futures.Executor):
         calls = zip(*iterables, strict=False)
         first = calls if buffersize is None else itertools.islice(calls, buffersize)
         futures = deque(self.submit(fn, *args) for args in first)
-        return self._results(futures, calls if buffersize is not None else iter(()), fn, end)
+        # An executor that is dropped must not live on in an iterator that needs no more of it.
+        more = None if buffersize is None else (self.submit(fn, *args) for args in calls)
+        return _results(futures, more, end)
 
-    def _results(self, futures: deque[Future[Any]], rest: Iterator[Any], fn: Any, end: float | None) -> Iterator[Any]:
-        def take() -> Any:
-            future = futures.popleft()
-            try:
-                value = future.result(None if end is None else end - time.monotonic())
-            except BaseException:
-                future.cancel()
-                raise
-            finally:
-                del future
-            for args in itertools.islice(rest, 1):
-                futures.append(self.submit(fn, *args))
-            return value
 
+def _results(futures: deque[Future[Any]], more: Iterator[Future[Any]] | None, end: float | None) -> Iterator[Any]:
+    def take() -> Any:
+        future = futures.popleft()
         try:
-            while futures:
-                yield take()  # no name here holds the result: it may be big
+            value = future.result(None if end is None else end - time.monotonic())
+        except BaseException:
+            future.cancel()
+            raise
         finally:
-            for future in futures:
-                future.cancel()
+            del future
+        if more is not None:
+            futures.extend(itertools.islice(more, 1))
+        return value
+
+    try:
+        while futures:
+            yield take()  # no name here holds the result: it may be big
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 class ProcessPoolExecutor(_Mapping):
@@ -174,6 +196,9 @@ class ProcessPoolExecutor(_Mapping):
             if max_tasks_per_child <= 0:
                 raise ValueError("max_tasks_per_child must be >= 1")
         method = mp_context.get_start_method() if mp_context is not None else None
+        if mp_context is not None or "multiprocessing.managers" in sys.modules:
+            key = bytes(multiprocessing.process.current_process().authkey)
+            initializer, initargs = _initialize_with_key, (key, initializer, initargs)
         self._supply = WorkerSupply(
             max_workers,
             start_method="spawn" if method == "spawn" else None,
@@ -191,6 +216,8 @@ class ProcessPoolExecutor(_Mapping):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lane: ProcessExecutor | None = None
         self._running = 0  # calls given to the lane
+        self._short = 0  # of those, chunks that should end within a millisecond
+        self._held = False  # a timer looks after calls that wait for more of their kind
         self._ids = itertools.count(1)
         self._functions: dict[int, _Function] = {}
         self._finished: asyncio.Event | None = None
@@ -222,8 +249,11 @@ class ProcessPoolExecutor(_Mapping):
             self._shutdown = True
             thread, loop = self._thread, self._loop
             if cancel_futures:
-                dropped = list(self._waiting)
-                self._waiting.clear()
+                # As the standard's queue does, free workers have already taken theirs.
+                free = max(0, self._max_workers - self._running)
+                dropped = list(self._waiting)[free:]
+                for _ in dropped:
+                    self._waiting.pop()
             else:
                 dropped = []
         for work in dropped:
@@ -251,7 +281,12 @@ class ProcessPoolExecutor(_Mapping):
         _serving.add(self._thread)
         self._thread.start()
 
-    def _drain(self) -> None:
+    def _release(self) -> None:
+        """Whoever was to end soon has not: what waits may be what it waits for."""
+        self._held = False
+        self._drain(released=True)
+
+    def _drain(self, *, released: bool = False) -> None:
         """Give the lane what it can take: twice its slots of chunks of short calls, its slots of others."""
         lane = self._lane
         if lane is None or self._finished is None:
@@ -266,6 +301,14 @@ class ProcessPoolExecutor(_Mapping):
             if self._running >= lane.slots and (function.seconds is None or function.seconds > 0.005):
                 self._retry.appendleft(work)
                 break
+            if self._short and function.seconds is not None and not released:
+                # Few short calls wait for the end of a chunk that is under way, and gather fellows meanwhile.
+                if function.seconds * (len(self._waiting) + 1) < LEAST_SECONDS:
+                    self._retry.appendleft(work)
+                    if not self._held and self._loop is not None:
+                        self._held = True
+                        self._loop.call_later(CHUNK_SECONDS, self._release)
+                    break
             self._begin(lane, function, work)
         if self._shutdown and not self._running and not self._waiting and not self._retry:
             self._finished.set()
@@ -300,7 +343,9 @@ class ProcessPoolExecutor(_Mapping):
         batch = [work]
         seconds = function.seconds
         if seconds is not None and self._supply.max_tasks_per_child is None:
-            limit = min(MAX_CHUNK, int(CHUNK_SECONDS / max(seconds, 1e-7)), len(self._waiting) // (2 * lane.slots) + 1)
+            each = max(seconds, 1e-7)
+            share = max(len(self._waiting) // (2 * lane.slots) + 1, int(LEAST_SECONDS / each))
+            limit = min(MAX_CHUNK, int(CHUNK_SECONDS / each), share)
             while len(batch) < limit:
                 other = self._next()
                 if other is None:
@@ -312,7 +357,8 @@ class ProcessPoolExecutor(_Mapping):
                 batch.append(other)
         short = seconds is not None and seconds * len(batch) < 0.005
         call = Call(next(self._ids), function.chunked, ([w.item for w in batch],), short=short)
-        lane.start(call, lambda outcome: self._chunk_ended(function, batch, outcome))
+        self._short += short
+        lane.start(call, lambda outcome: self._chunk_ended(function, batch, outcome, short))
 
     def _start_one(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
         call = Call(next(self._ids), function.plain, (work.kwargs or None, *work.args))
@@ -337,7 +383,7 @@ class ProcessPoolExecutor(_Mapping):
         else:
             future.set_result(value)
 
-    def _chunk_ended(self, function: _Function, batch: list[_Work], outcome: Outcome) -> None:
+    def _chunk_ended(self, function: _Function, batch: list[_Work], outcome: Outcome, short: bool) -> None:
         """A part of the results, or the end of the chunk."""
         if outcome.kind is OutcomeKind.OK:
             first: int = outcome.meta
@@ -361,6 +407,7 @@ class ProcessPoolExecutor(_Mapping):
         elif outcome.error is not None:
             self._chunk_failed(batch, outcome.error)
         if outcome.final:
+            self._short -= short
             self._running -= 1
             self._drain()
 
@@ -382,6 +429,9 @@ class ProcessPoolExecutor(_Mapping):
         results = payload.load() if payload is not None else ()
         for index, result in enumerate(results, first):
             future = batch[index].future
+            if type(result) is tuple:
+                future.set_result(result[0])
+                continue
             try:
                 succeeded, value = chunks.read(result)
             except BaseException as error:
@@ -398,7 +448,7 @@ def _dump_initializer(initializer: Callable[..., object] | None, initargs: tuple
         return None
     try:
         data = pickle.dumps((initializer, initargs), 5)
-        if b"__main__" not in data and _importable(initializer):
+        if b"__main__" not in data and all(_importable(part) for part in (initializer, *initargs) if callable(part)):
             return data
     except Exception:
         pass  # cloudpickle may do better
@@ -420,6 +470,23 @@ def _importable(function: Callable[..., object]) -> bool:
 def _serve(pool: list[ProcessPoolExecutor], loop: asyncio.AbstractEventLoop, supply: WorkerSupply) -> None:
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(_hold_open(pool, supply))
+    supply.close()
+
+
+def _pass_on(call_id: int, kind: str, data: Any) -> None:
+    """What a call printed and logged appears here, as from a worker of the standard's pool."""
+    if kind == "print":
+        stream = sys.stderr if data["stream"] == "stderr" else sys.stdout
+        if stream is not None:
+            stream.write(data["text"])
+            stream.flush()
+    elif kind == "log":
+        import logging
+
+        logger = logging.getLogger(data["logger"])
+        if logger.isEnabledFor(data["level"]):
+            text = data["message"] + (f"\n{data['exc']}" if data.get("exc") else "")
+            logger.handle(logger.makeRecord(logger.name, data["level"], "", 0, text, (), None))
 
 
 async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) -> None:
@@ -437,10 +504,10 @@ async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) ->
         pool = holder.pop()
         weakref.finalize(pool, dropped).atexit = False
         pool._finished, pool._lane = finished, lane
+        lane.on_note = _pass_on
         pool._drain()
         del pool
         await finished.wait()
-    await loop.run_in_executor(None, supply.close)
 
 
 class ThreadPoolExecutor(_Mapping):

@@ -2,6 +2,9 @@
 
 import asyncio
 import concurrent.futures as cf
+import functools
+import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -258,6 +262,83 @@ def test_a_script_without_guard_or_shutdown_ends_cleanly(tmp_path: Path) -> None
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     found = subprocess.run([sys.executable, "-X", "dev", str(script)], capture_output=True, text=True, timeout=50)
-    assert found.stdout.splitlines() == ["[100, 101, 102, 103, 104] 100"]
+    assert found.stdout.splitlines() == ["[100, 101, 102, 103, 104] 100", "1"]
     assert "Traceback" not in found.stderr
     assert found.returncode == 0
+
+
+def speak(n: int) -> int:
+    print("said", n)
+    logging.getLogger("a.worker").warning("logged %d", n)
+    return n
+
+
+def test_what_a_worker_prints_and_logs_appears_here(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with ProcessPoolExecutor(1) as pool:
+        assert pool.submit(speak, 7).result() == 7
+    assert capsys.readouterr().out == "said 7\n"
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [("a.worker", "logged 7")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_executor_finishes_its_calls_and_ends_its_threads(kind: Any) -> None:
+    pool = kind(2)
+    futures = [pool.submit(sleepy, 0.01) for _ in range(20)]
+    threads = [pool._thread] if kind is ProcessPoolExecutor else list(pool._threads)
+    del pool
+    gc.collect()
+    assert [future.result(20) for future in futures] == [0.01] * 20
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class Holder:
+    def method(self) -> str:
+        return "called"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bound_methods_are_not_kept(kind: Any) -> None:
+    holder = Holder()
+    gone = threading.Event()
+    weakref.finalize(holder, gone.set)
+    with kind(1) as pool:
+        assert pool.submit(holder.method).result() == "called"
+        assert pool.submit(functools.partial(pow, 2), 5).result() == 32
+        assert list(pool.map("ab".__add__, ["c", "d"])) == ["abc", "abd"]
+        del holder
+        assert gone.wait(20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bounded_map_ends_and_times_out(kind: Any) -> None:
+    with kind(2) as pool:
+        assert list(pool.map(square, range(100), buffersize=3)) == [n * n for n in range(100)]
+        with pytest.raises(TimeoutError):
+            list(pool.map(sleepy, [0.0, 0.5, 0.0], timeout=0.1, buffersize=2))
+        with pytest.raises(ValueError, match="buffersize"):
+            pool.map(square, [1], buffersize=0)
+        with pytest.raises(TypeError, match="buffersize"):
+            pool.map(square, [1], buffersize="3")
+
+
+def test_the_cause_has_the_workers_traceback() -> None:
+    with ProcessPoolExecutor(1) as pool:
+        error = pool.submit(fail, 1).exception()
+    assert isinstance(error, ValueError)
+    assert "raise ValueError(n)" in str(error.__cause__)
+
+
+def proxy_set(proxy: Any) -> None:
+    proxy.set()
+
+
+def test_proxies_of_a_multiprocessing_manager_work_in_workers() -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(1) as pool:
+        event = manager.Event()
+        pool.submit(proxy_set, event).result()
+        assert event.is_set()
