@@ -21,7 +21,24 @@ __all__ = ["assert_golden", "golden_events", "golden_text"]
 
 #: fields of events whose values differ from run to run
 VOLATILE: Final = frozenset(
-    ["bytes_in", "bytes_out", "cpu_seconds", "delay_ms", "duration_ms", "elapsed", "memory_limit", "monotonic", "pid", "queued_ms", "rss_bytes", "seconds", "started", "traceback", "worker_pid", "workers"]
+    (
+        "bytes_in",
+        "bytes_out",
+        "cpu_seconds",
+        "delay_ms",
+        "duration_ms",
+        "elapsed",
+        "memory_limit",
+        "monotonic",
+        "pid",
+        "queued_ms",
+        "rss_bytes",
+        "seconds",
+        "started",
+        "traceback",
+        "worker_pid",
+        "workers",
+    )
 )
 _UUID: Final = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 _NUMBER: Final = re.compile(r"\b\d+(?:\.\d+)?(?= ?(?:(?:ms|s|MB|KB|GB|MiB|KiB|GiB)\b|%))")

@@ -519,6 +519,8 @@ class Simulation:
             return
         # how far a stream that breaks has come, and who had begun by then, depends on the order of things
         loose = {stage.name for stage in sketch.stages if self.tainted(wanted, sketch, stage.name)}
+        if loose and self.finished[run].reason is not None:
+            return  # something behind a broken stream has failed first, and ended the run
         states = self.states(run)
         assert {name: at for name, at in states.items() if name not in loose} == {
             name: at for name, at in wanted.states.items() if name not in loose

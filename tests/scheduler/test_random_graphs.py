@@ -31,7 +31,7 @@ def simulate(seed, **options):
 
 @pytest.mark.parametrize("block", range(8))
 def test_any_pipeline_without_faults_gives_the_reference_values(block):
-    for seed in range(block * 40, block * 40 + 40):
+    for seed in range(block * 20, block * 20 + 20):
         simulation, run = simulate(seed, faults=False)
         assert simulation.finished[run].status == "completed"
         simulation.check_reference(run)
@@ -39,21 +39,21 @@ def test_any_pipeline_without_faults_gives_the_reference_values(block):
 
 @pytest.mark.parametrize("block", range(8))
 def test_any_pipeline_with_faults_ends_as_the_reference_says(block):
-    for seed in range(10_000 + block * 100, 10_000 + block * 100 + 100):
+    for seed in range(10_000 + block * 60, 10_000 + block * 60 + 60):
         simulation, run = simulate(seed)
         simulation.check_reference(run)
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_a_cancel_at_any_moment_ends_every_run_and_leaves_nothing(block):
-    for seed in range(20_000 + block * 100, 20_000 + block * 100 + 100):
+    for seed in range(20_000 + block * 50, 20_000 + block * 50 + 50):
         simulation, run = simulate(seed, cancel=0.05)
         assert simulation.finished[run].status in ("completed", "failed", "cancelled")
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_runs_that_share_lanes_tokens_and_memory_do_not_touch_each_other(block):
-    for seed in range(30_000 + block * 25, 30_000 + block * 25 + 25):
+    for seed in range(30_000 + block * 10, 30_000 + block * 10 + 10):
         dice = random.Random(seed)
         simulation = Simulation(dice, lanes={"process": 2, "thread": 2, "async": 2, "inline": 1}, memory=40)
         runs = [simulation.submit(random_sketch(dice, most=6)) for _ in range(3)]

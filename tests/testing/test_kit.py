@@ -188,7 +188,7 @@ def test_event_assertions(stageflow_engine, recording_sink):
     recording_sink.assert_not_emitted("stage.failed")
     with pytest.raises(AssertionError, match=r"saw 0.*run\.started"):
         recording_sink.assert_emitted("stage.failed")
-    with pytest.raises(AssertionError, match="'run.started' is missing"):
+    with pytest.raises(AssertionError, match=r"'run\.started' is missing"):
         recording_sink.assert_order("run.completed", "run.started")
 
 
