@@ -35,7 +35,6 @@ class AsyncExecutor(LocalLane):
 
     def __init__(self, max_tasks: int = 1024) -> None:
         super().__init__("async", max_tasks)
-        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: LocalPort | None = None  # the call whose first step is taken inside `start`
 
@@ -61,16 +60,14 @@ class AsyncExecutor(LocalLane):
         if _EAGER:
             self._starting = port
             try:
-                task = asyncio.Task(  # type: ignore[call-arg, unused-ignore]
+                port.task = asyncio.Task(  # type: ignore[call-arg, unused-ignore]
                     coroutine, loop=loop, name=call.shipped.label, eager_start=True
                 )
             finally:
                 self._starting = None
-            if not task.done():
-                self._tasks[call.id] = task
         else:
             # not by `create_task`: a task that is given a name need not make one up
-            self._tasks[call.id] = asyncio.Task(coroutine, loop=loop, name=call.shipped.label)
+            port.task = asyncio.Task(coroutine, loop=loop, name=call.shipped.label)
 
     async def _run(self, port: LocalPort) -> None:
         call = port.call
@@ -85,9 +82,7 @@ class AsyncExecutor(LocalLane):
             outcome = port.ok(result, _monotonic() - started)
         except BaseException as error:
             outcome = port.failed(error, _monotonic() - started)
-        id = call.id
-        self._tasks.pop(id, None)
-        self._ports.pop(id, None)
+        self._ports.pop(call.id, None)
         if not port.done:
             port.done = True
             if self._starting is None:
@@ -114,17 +109,16 @@ class AsyncExecutor(LocalLane):
 
     def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
         """Cancel the call's task."""
-        port, task = self._ports.get(call_id), self._tasks.get(call_id)
+        port = self._ports.get(call_id)
         if port is None:
             return
         port.ask_to_stop(reason)
-        if task is not None:
-            task.cancel(reason)
+        if port.task is not None:
+            port.task.cancel(reason)
         if not port.started and not port.done:
             # a task that is cancelled before its first step never enters its coroutine
             port.done = True
             self._ports.pop(call_id, None)
-            self._tasks.pop(call_id, None)
             port.deliver(port.cancelled_outcome())
         elif force and not port.done:
             port.done = True
@@ -139,8 +133,9 @@ class AsyncExecutor(LocalLane):
         self.closed = True
         for call_id in list(self._ports):
             self.cancel(call_id, reason="the lane is closing")
-        if self._tasks:
-            await asyncio.wait(list(self._tasks.values()), timeout=grace)
+        tasks = [port.task for port in self._ports.values() if port.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=grace)
         for call_id in list(self._ports):
             self.cancel(call_id, reason="the lane is closing", force=True)
         self._loop = None

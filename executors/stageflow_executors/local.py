@@ -58,6 +58,7 @@ class LocalPort(msgspec.Struct, eq=False):
     started: float = 0.0
     done: bool = False
     shown: tuple[float, float] | None = None
+    task: Any = None  # that runs it, in the async lane
     _reason: str | None = None
     _callbacks: list[Callable[[], None]] | None = None
 

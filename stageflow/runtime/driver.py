@@ -31,7 +31,7 @@ from stageflow.events.event import Event
 from stageflow.events.fanout import FanOut
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
-from stageflow.runtime.clock import DriverClock
+from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import KEPT_FAILURES, Job
@@ -113,6 +113,7 @@ class Driver:
         self._next_handle = 0
         self._seq = 0
         self._now = clock.monotonic()  # of the turn
+        self._settled = None if type(clock) is RealClock else clock.settled
         self._payload_types: dict[type, bool] = {}
         self._deliver_attempt = self._attempt_outcome
         self._deliver_block = self._guarded(self._block_outcome)
@@ -192,8 +193,8 @@ class Driver:
         if self._signals and not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self.turn)
-        else:
-            self.clock.settled(self.loop, len(self.running))
+        elif self._settled is not None:
+            self._settled(self.loop, len(self.running))
 
     def _broken(self, error: BaseException) -> None:
         """A bug of ours: end every run with it rather than hang. The engine uses another driver from now on."""

@@ -122,10 +122,14 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
                 self._tell_rows()
             handlers[type(signal)](signal, now)
         if self._rows:
-            self._tell_rows()
+            rows, self._rows = self._rows, []
+            out.append(act.Completed(self._rows_of, rows))
         stirred, self._stirred = self._stirred, None
         if plain and stirred is not None and not (self._touched or self._mixed):
-            if stirred.fifo or stirred.heap:  # nothing has changed for any other lane, and no run can be over
+            # nothing has changed for any other lane, and no run can be over
+            if not stirred.heap:
+                self._start_plain(stirred)
+            if stirred.fifo or stirred.heap:
                 self._dispatch_lane(stirred, now)
             return out
         self._mixed = False
