@@ -5,6 +5,7 @@ May not import: asyncio, threading, time, random, logging, `stageflow.runtime`, 
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -16,6 +17,8 @@ from stageflow.pipeline.spec import Role
 
 #: items a block of a short stage may have
 MAX_BLOCK: Final = 512
+
+_keys = itertools.count(1)
 
 
 class Layout:
@@ -74,7 +77,7 @@ class Layout:
         self.graph = graph
         self.specs = specs
         self.size = size
-        self.key = id(graph)
+        self.key = next(_keys)  # never given again: rates and durations are kept under it
         self.lanes = lanes
         self.depth = graph.depth
         self.deepest = max(1, max(graph.depth, default=0))
