@@ -69,7 +69,7 @@ SHOP = """
         return b.map("zipped", zipped, over="double", executor=lane).build()
 
     thread, process, inline = make("thread"), make("process"), make("inline")
-    killed = PipelineBuilder("killed").stage("load", load).map("deadly", deadly, over="load", executor="process").build()
+    killed = PipelineBuilder("killed").stage("load", load).map("deadly", deadly, "load", executor="process").build()
 """
 
 #: stage -> item of its first failure, and what the replay must end with
