@@ -327,6 +327,7 @@ def test_a_survivor_that_cannot_travel_is_refused_in_every_lane(one, lane):
 
 async def test_a_bug_of_ours_ends_its_run_and_no_other(monkeypatch):
     async with Engine(grace=0.3) as engine:
+
         async def stage(name):
             await asyncio.sleep(0.02)
             return {"name": name}

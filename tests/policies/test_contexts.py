@@ -1,0 +1,132 @@
+"""The mutable side of a run, worker-scoped resources, ports, and extensions: what a stage reaches beside its inputs."""
+
+import contextlib
+import os
+
+import pytest
+
+from stageflow import ContextSnapshot, Engine, PipelineBuilder, PipelineContext, RetryConfig, RunIdentity, StageOutput
+
+
+def flaky(ctx):
+    if ctx.attempt == 1:
+        raise ValueError
+    return {"attempt": ctx.attempt}
+
+
+def behind(flaky):
+    return flaky["attempt"] + 1
+
+
+async def test_a_run_has_the_identity_of_its_context_and_fills_its_bag():
+    emitted = []
+    ctx = PipelineContext(
+        RunIdentity.new().with_user_id("ann"), emitter=lambda type, data: emitted.append((type, data))
+    )
+    graph = (
+        PipelineBuilder("p")
+        .stage("flaky", flaky, executor="thread", retry=RetryConfig(2, 0))
+        .stage("behind", behind, executor="thread")
+        .build()
+    )
+    async with Engine() as engine:
+        result = await engine.execute(graph, ctx=ctx, snapshot=ContextSnapshot())
+    assert result.run_id == ctx.pipeline_run_id()
+    assert ctx.outputs.to_dict() == {"flaky": {"attempt": 2}, "behind": 3}
+    assert (ctx.outputs.get_entry("flaky").attempt, ctx.outputs.get_entry("flaky").is_final) == (2, True)
+    completed = [data for type, data in emitted if type == "stage.completed"]
+    assert [data["stage"] for data in completed] == ["flaky", "behind"]
+    assert {data["pipeline_run_id"] for data in completed} == {ctx.pipeline_run_id()}
+    assert not ctx.is_cancelled()
+
+
+async def test_a_context_stops_its_run_and_a_run_that_stops_itself_says_so_there():
+    async with Engine(grace=0.3) as engine:
+        ctx = PipelineContext()
+        ctx.mark_cancelled("before")
+        result = await engine.execute(PipelineBuilder("p").stage("s", lambda: 1).build(), ctx=ctx)
+        assert (result.cancelled, result.cancel_reason) == (True, "before")
+        ctx = PipelineContext()
+        graph = PipelineBuilder("p").stage("s", lambda: StageOutput.cancel("enough")).build()
+        await engine.execute(graph, ctx=ctx)
+        assert (ctx.is_cancelled(), ctx.cancel_reason()) == (True, "enough")
+
+
+async def test_a_forked_context_follows_its_parent_and_not_the_reverse():
+    parent = PipelineContext(topology="p")
+    child = parent.fork_for_subpipeline()
+    child.mark_cancelled("child")
+    assert not parent.is_cancelled()
+    other = parent.fork_for_subpipeline()
+    parent.mark_cancelled("parent")
+    assert (other.cancel_reason(), child.cancel_reason(), other.topology()) == ("parent", "child", "p")
+
+
+# ---------------------------------------------------------------- resources and ports
+
+
+class Port:
+    """An injected service: made once per process, closed with it."""
+
+    def __init__(self, log):
+        self.log = log
+        self.write("open")
+
+    def write(self, what):
+        with open(self.log, "a") as file:
+            file.write(f"{what} {os.getpid()}\n")
+
+    def call(self, x):
+        return x, os.getpid()
+
+    def close(self):
+        self.write("close")
+
+
+@contextlib.contextmanager
+def session(log):
+    port = Port(log)
+    try:
+        yield port
+    finally:
+        port.close()
+
+
+def uses_port(x, ctx):
+    port = ctx.resource("db")
+    assert port is ctx.resource("db")
+    return port.call(x)
+
+
+@pytest.mark.parametrize("lane", ["async", "thread", "process", "inline"])
+@pytest.mark.parametrize("factory", [Port, session])
+def test_a_resource_is_made_once_per_process_and_closed_with_the_engine(lane, factory, tmp_path):
+    log = tmp_path / "log"
+    graph = PipelineBuilder("p").map("m", uses_port, over="xs", executor=lane).build()
+    with Engine(processes=2, resources={"db": lambda: factory(str(log))}) as engine:
+        values = list(engine.run(graph, {"xs": list(range(40))}).data("m"))
+        values += list(engine.run(graph, {"xs": list(range(40))}).data("m"))
+    pids = {pid for _, pid in values}
+    assert (pids == {os.getpid()}) is (lane != "process")
+    lines = log.read_text().split("\n")[:-1]
+    assert sorted(lines) == sorted(f"{what} {pid}" for pid in pids for what in ("open", "close"))
+
+
+def test_an_unknown_resource_names_the_known(one, lane):
+    assert "no resource 'db' is configured" in one(uses_port, lane, {"x": 1}).outputs["s"].error
+
+
+# ---------------------------------------------------------------- extensions
+
+
+def reads_extension(ctx):
+    return ctx.snapshot.extensions.get("skills"), ctx.snapshot.extensions.contains("unknown")
+
+
+def test_extensions_reach_every_lane(engine, lane):
+    snapshot = ContextSnapshot()
+    bundle = snapshot.extensions.register("skills", {"level": 3})
+    bundle = bundle if bundle is not None else snapshot.extensions
+    snapshot = snapshot.with_extensions(bundle)
+    graph = PipelineBuilder("p").stage("s", reads_extension, executor=lane).build()
+    assert engine.run(graph, snapshot=snapshot).data("s") == ({"level": 3}, False)
