@@ -110,6 +110,7 @@ class Server:
         self.workers: dict[int, int] = {}  # pid -> the parent's number of the worker
         self.answers: list[tuple[bytes, int]] = []  # (message, descriptor to pass and close, or -1)
         self.configured = False
+        self.warm = bool(excluded)  # the first request is "warm up", which a fresh image after a re-exec has behind it
         self.settings: dict[str, Any] = {}
         self.bell, self.ringer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -135,6 +136,17 @@ class Server:
                 os.close(fd)
 
     # ------------------------------------------------------------ configuration and preload
+
+    def warm_up(self, path: list[str], names: list[str]) -> None:
+        """Import what every worker needs while the engine is still at its own imports. Failures are told by
+        `configure`, which tries again.
+        """
+        sys.path[:] = path
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except BaseException:
+                return
 
     def configure(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -238,7 +250,7 @@ class Server:
     def request(self) -> bool:
         """Handle one request; False at end of file."""
         flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-        if not self.configured:
+        if not self.configured and self.warm:
             flags |= socket.MSG_PEEK
         try:
             data, ancillary, _, _ = self.control.recvmsg(1 << 18, SCM_ROOM, flags)
@@ -252,7 +264,10 @@ class Server:
         for _, _, packed in ancillary:
             fds.extend(memoryview(packed).cast("i"))
         request = marshal.loads(data)
-        if request[0] == "configure":
+        if request[0] == "warm up":
+            self.warm = True
+            self.warm_up(request[1], request[2])
+        elif request[0] == "configure":
             self.configure(request[1])
             if not self.configured:
                 self.control.recv(1 << 18)  # only now: a re-exec reads it again

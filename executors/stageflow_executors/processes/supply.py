@@ -180,6 +180,10 @@ class WorkerSupply:
                 os.close(me)
         self.control = ours
         self._configured = False
+        try:
+            ours.sendall(marshal.dumps(("warm up", list(sys.path), list(_OWN_MODULES))))
+        except OSError:
+            pass  # it ended at once: the first request finds out and says so
 
     def _settings(self) -> dict[str, Any]:
         import logging

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -80,6 +79,8 @@ def _create_named() -> tuple[str, int, Callable[[str], int]]:
         fd = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
         return name, fd, lambda name: int(_posixshmem.shm_open(name, os.O_RDONLY, mode=0o600))
     except (ImportError, OSError):
+        import tempfile  # 4 ms of every start, for what few need
+
         fd, path = tempfile.mkstemp(prefix="sf-")
         return path, fd, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
