@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import click
@@ -50,7 +51,9 @@ def run(
     with Views.from_options(graph, options, FailedInput(snapshot=inputs, target=target)) as views:
         meter = CpuMeter()
         try:
-            result = graph.run(inputs, event_sinks=views.sinks, **as_config(options))
+            # what stages print must not come between the lines of a program's output
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                result = graph.run(inputs, event_sinks=views.sinks, **as_config(options))
             code = 0 if result.success else 1
         except (KeyboardInterrupt, SystemExit) as interrupt:
             result, code = stopped(interrupt)

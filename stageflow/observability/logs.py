@@ -147,6 +147,9 @@ class LogSink:
     and ends of runs (INFO), to `stageflow.run`.
     """
 
+    #: tells the engine that records of workers are logged already
+    shows_logs = True
+
     def __init__(self, *, events: bool = False) -> None:
         self._events = events
         self._log = logging.getLogger("stageflow.run")

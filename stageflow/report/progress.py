@@ -160,6 +160,7 @@ class ProgressSink:
         self.fold = ProgressFold()
         self._every = every
         self._prints = prints
+        self.shows_prints = prints  # tells the engine that what workers print is shown already
         self._clock = clock
         self._last = -1e9
         self._live: Live | None = None

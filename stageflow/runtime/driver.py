@@ -36,6 +36,7 @@ from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import KEPT_FAILURES, Job
 from stageflow.runtime.paths import located, of_block, of_results, of_segment
+from stageflow.runtime.relay import Relay
 from stageflow.runtime.result import Abandoned, FailureRecord
 from stageflow.runtime.sampling import Sampler
 from stageflow.runtime.sequence import Values
@@ -102,6 +103,7 @@ class Driver:
         self.engine = engine
         self.failing = FailingBlocks()
         self.sampler = Sampler(self)
+        self.relay = Relay()
         self.watchers: tuple[Any, ...] = ()  # of memory and of the loop; begun and ended with the first and last run
         live_drivers.add(self)
         self._signals: list[Any] = []
@@ -1483,6 +1485,10 @@ class Driver:
         else:
             fields = dict(data) if isinstance(data, Mapping) else {"value": data}
             self._event(f"stage.{kind}", job, name, None, action.attempt, action.lane, fields)
+            if kind in ("print", "log"):
+                now, attempt = self.clock.time_ns(), action.attempt
+                said = Event(f"stage.{kind}", now, self._seq, job.run_id, name, None, attempt, action.lane, fields)
+                self.relay.tell(said, job.sinks, self.events)
 
     def _run_survivors(self, job: Job, task: int) -> None:
         """The worker is lost: the cleanups that were to survive it run here, last registered first."""

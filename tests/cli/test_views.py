@@ -97,3 +97,42 @@ def test_what_is_no_saved_failure_is_one_message(folder):
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+PRINTS = """
+    from stageflow import PipelineBuilder
+
+    def numbers():
+        print("source")
+        yield from range(4)
+
+    def process(numbers: int) -> int:
+        print(f"process {numbers}")
+        return numbers
+
+    def thread(process: int) -> int:
+        print(f"thread {process}")
+        return process
+
+    async def later(thread: int) -> int:
+        print(f"later {thread}")
+        return thread
+
+    graph = (
+        PipelineBuilder("prints").stage("numbers", numbers).map("process", process, over="numbers", executor="process")
+        .map("thread", thread, over="process", executor="thread").map("later", later, over="thread").build()
+    )
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--progress",), ("--json",)])
+def test_prints_of_every_lane_come_out_once_in_whole_lines(folder, options):
+    (folder / "prints.py").write_text(textwrap.dedent(PRINTS))
+    done = stageflow(folder, "run", "prints.py:graph", *options)
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("[process] ") for line in (done.stdout + done.stderr).splitlines()]
+    for lane in ("process", "thread", "later"):
+        assert sorted(line for line in lines if re.fullmatch(rf"{lane} \d", line)) == [f"{lane} {n}" for n in range(4)]
+    assert lines.count("source") == 1
+    if "--json" in options:
+        assert json.loads(done.stdout)["status"] == "completed"

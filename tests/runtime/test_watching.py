@@ -1,8 +1,11 @@
 """What the engine tells whoever watches: readings of a run, events of workers, how a run began, and nothing unasked."""
 
 import asyncio
+import io
+import logging
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -11,7 +14,9 @@ import pytest
 from stageflow import Engine, PipelineBuilder, PipelineContext, RetryConfig, RunIdentity
 from stageflow.events.catalogue import typed
 from stageflow.events.sinks import CollectingSink
+from stageflow.observability.logs import LogSink
 from stageflow.observability.stats import StatsFold
+from stageflow.report.progress import ProgressSink
 from stageflow.runtime import sampling
 
 
@@ -209,3 +214,31 @@ def test_stats_hold_every_stage_in_order_and_all_attempts_whether_or_not_anybody
     assert flaky.busy_seconds >= 0.06
     assert flaky.kind == str(graph.stage_spec("flaky").kind)
     assert result.stats["never"].lane == "thread"
+
+
+def _speaks():
+    print("to standard output")
+    print("to standard error", file=sys.stderr)
+    logging.getLogger("mine").warning("warned %s", 3)
+    return 1
+
+
+@pytest.mark.parametrize("lane", ["thread", "process"])
+def test_what_a_stage_prints_and_logs_comes_out_without_any_view(lane, capfd, caplog):
+    graph = PipelineBuilder("speaks").stage("speaks", _speaks, executor=lane).build()
+    with Engine(processes=1) as engine:
+        assert engine.run(graph).success
+    out, err = capfd.readouterr()
+    assert (out, err) == ("to standard output\n", "to standard error\n")
+    (record,) = [one for one in caplog.records if one.name == "mine"]
+    assert (record.getMessage(), record.levelname) == ("warned 3", "WARNING")
+
+
+def test_what_a_view_shows_does_not_come_out_twice(capfd, caplog):
+    shown = io.StringIO()
+    graph = PipelineBuilder("speaks").stage("speaks", _speaks, executor="process").build()
+    with Engine(processes=1) as engine:
+        assert engine.run(graph, event_sinks=[ProgressSink(shown, "lines"), LogSink()]).success
+    assert capfd.readouterr() == ("", "")
+    assert "[speaks] to standard output\n" in shown.getvalue()
+    assert [one.getMessage() for one in caplog.records if one.name == "mine"] == ["warned 3"]
