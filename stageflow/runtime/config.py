@@ -12,7 +12,6 @@ from stageflow.core.errors import DefinitionError
 from stageflow.core.kinds import FailureMode, Lane
 from stageflow.pipeline.names import did_you_mean
 from stageflow.pipeline.policies import parse_size
-from stageflow.scheduler.backpressure import Ladder, Policy
 
 #: environment variable -> field
 ENVIRONMENT: Final[Mapping[str, str]] = {
@@ -39,9 +38,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     #: live values: bytes, "4GiB", or a fraction of the memory this process may use
     memory_limit: int | float | str = 0.6
     #: shares of the machine's or container's memory at which less and less is started
-    ladder: Ladder = Ladder()
+    #: (`stageflow.scheduler.backpressure.Ladder`; None = its defaults)
+    ladder: Any = None
     #: further policies: each is asked before a task starts or a source is pulled, and answers None or why to wait
-    backpressure: tuple[Policy, ...] = ()
+    backpressure: tuple[Callable[[Any], str | None], ...] = ()
     #: runs at once in `stream`; None = twice the worker processes, at least 8
     max_in_flight: int | None = None
     #: bytes up to which a value travels in the frame: below, shared memory costs more than the copy

@@ -97,6 +97,7 @@ class FlowRules:
         """Everything the stage needs as a whole is there: items may flow."""
         stream = run.streams[stage]
         stream.flowing = True
+        stream.wait_since = now
         run.first_start.setdefault(stage, now)
         if run.listening:
             self._emit("stage.started", run, stage)
@@ -115,12 +116,16 @@ class FlowRules:
                 continue
             wanted = self._appetite(run, source)
             if wanted <= 0:
+                if source.is_source:
+                    source.waits_for("memory" if self.pressure else "downstream", now)
                 continue
             limit = self.memory
             room = pull_bytes(limit, self.live_bytes, self.promised)
             count, nbytes = pull_count(wanted, source.avg_bytes if source.is_source else source.in_bytes, room, limit)
             if count > 0 and not (self.policies and self._refused(run, source, count, "pull")):
                 self._pull(run, source, count, now, nbytes)
+            elif source.is_source:
+                source.waits_for("bytes", now)
 
     def _appetite(self: Machine, run: Run, source: Stream) -> int:
         """How many more items the readers of a source can use now."""
@@ -148,6 +153,8 @@ class FlowRules:
 
     def _pull(self: Machine, run: Run, source: Stream, count: int, now: float, nbytes: int = 0) -> None:
         source.pull_open = True
+        if source.is_source:
+            source.waits_for("", now)
         each = source.avg_bytes if source.is_source else source.in_bytes
         source.promised = min(nbytes, int(count * each)) if each > 0 else nbytes
         self.promised += source.promised
@@ -462,6 +469,8 @@ class FlowRules:
         if not stream.ready and not stream.jobs and not (stream.fold is not None and stream.fold.jobs):
             return
         stream.queued = True
+        if not stream.running:
+            stream.waits_for("slot", now)
         layout = run.layout
         lane = self.lanes[layout.lanes[stream.stage]]
         self._seq += 1
@@ -474,16 +483,18 @@ class FlowRules:
         stage = stream.stage
         if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
             return
-        if not self._may_grow(run, stream):
-            if run.running:
-                stream.blocked = True
-                run.blocked.append(stream)
-                return
+        held = self._held_back(run, stream)
+        if held is not None and run.running:
+            stream.blocked = True
+            run.blocked.append(stream)
+            if not stream.running:
+                stream.waits_for(held, now)
+            return
         self._start_blocks(run, stream, lane, now)
         self._offer(run, stream, now)
 
-    def _may_grow(self: Machine, run: Run, stream: Stream) -> bool:
-        """Whether the readers can take more, in items and in bytes."""
+    def _held_back(self: Machine, run: Run, stream: Stream) -> str | None:
+        """Why no more may start, None when it may: the readers have enough, bytes or memory are short."""
         for reader in stream.readers:
             slots = self.lanes[run.layout.lanes[reader.stage]].slots
             most = 4 * slots * (reader.block_size(slots, MAX_BLOCK) if reader.can_block else 1) + 16
@@ -492,8 +503,10 @@ class FlowRules:
             if reader.fold is not None:
                 most += reader.fold.block * (slots + 2)
             if reader.ready_count >= most:
-                return False
-        return not (self.memory or self.pressure >= 2 or self.policies) or not self._refused(run, stream, 1, "start")
+                return "downstream"
+        if self.memory or self.pressure >= 2 or self.policies:
+            return self._refused(run, stream, 1, "start")
+        return None
 
     def _refused(self: Machine, run: Run, stream: Stream, items: int, what: str) -> str | None:
         """Why the stage (or the pull of a source) has to wait for bytes; None when it need not."""
@@ -593,6 +606,7 @@ class FlowRules:
         task.begun = now
         task.expected = self._need(run, stream, sum(segment.nbytes() for segment in segments), task.items)
         self.promised += task.expected
+        stream.waits_for("", now)
         stream.running += max(1, task.items)
         lane.used += 1
         run.running += 1
@@ -636,6 +650,8 @@ class FlowRules:
         if run.ending is None and signal.final:
             self._block_ended(run, task, stream, signal, now)
         if run.ending is None:
+            if not stream.running:
+                stream.waits_for("upstream", now)
             self._offer(run, stream, now)
             self._maybe_over(run, stream, now)
         self._settle_ended(now)
@@ -1227,6 +1243,8 @@ class FlowRules:
             stream.kept.append(Chunk(signal.handle, 1, signal.nbytes))
         stream.ok += count
         stream.measure(count, signal.seconds, signal.nbytes)
+        if not stream.running:
+            stream.waits_for("upstream", now)
         lo = task.segments[0].lo if task.segments else 0
         self._emit(
             "stage.items",
@@ -1414,6 +1432,7 @@ class FlowRules:
         stream.ended = True
         if stream.is_source or run.layout.roles[stream.stage] == Role.SINK:
             stream.in_total = max(stream.in_total, 0)
+        stream.waits_for("", now)
         self._move(run, stream.stage, _S.DONE)
         joined = stream.join.dropped if stream.join is not None else 0
         begun = run.first_start.get(stream.stage, now)
@@ -1424,7 +1443,7 @@ class FlowRules:
             data={"duration_ms": (now - begun) * 1000.0, "items_in": stream.ok + stream.dropped + stream.failed,
                   "items_out": stream.ok, "dropped": stream.dropped, "failed": stream.failed,
                   "emitted": stream.out_next if stream.flow_frontier is not None else stream.ok,
-                  "join_dropped": joined},
+                  "join_dropped": joined, "wait": stream.waits},
         )  # fmt: skip
         self._stage_over(run, stream.stage)
 

@@ -149,7 +149,7 @@ class Layout:
             self.readers.setdefault(producer, []).append(i)
         self.waits[i] -= len(set(elements))
         policies = spec.policies
-        timed = policies.timeout is not None or policies.total_timeout is not None
+        timed = policies.timeout is not None or policies.total_timeout is not None or policies.rate is not None
         # a retry in the middle of a block would come after its followers
         strict = spec.role == Role.SINK and policies.ordered and policies.retry is not None
         # what acts around an attempt sees one item at a time

@@ -449,6 +449,8 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
         entry[4].queued += 1
         if entry[6] is not None:
             entry[6].queued = True
+            if not entry[6].running:
+                entry[6].waits_for(reason[0], now)
         at = self.admission.park(reason, (lane.name, entry))
         if at is not None:
             self._set_timer(None, at, lambda due, when: self._unpark(reason, when))
@@ -634,15 +636,30 @@ class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
             return
         if self._force_pull(run, now):
             return
-        layout = run.layout
-        names = [layout.name(i) for i in range(layout.size) if run.state[i] < ENDED][:8]
+        waits = "; ".join(self._waits(run))
         error = ErrorInfo(
             type="stageflow.core.errors.NoProgressError",
             code="SF-NO-PROGRESS",
-            message=f"nothing runs and nothing can start; not finished: {', '.join(names)}",
+            message=f"nothing runs and nothing can start: {waits}",
         )
         self._end_run(run, "failed", error.message, now, error)
         self._check_over(run, now)
+
+    def _waits(self, run: Run) -> list[str]:
+        """Who waits for whom, for the first stages that have not ended."""
+        layout, said = run.layout, []
+        open_stages = [i for i in range(layout.size) if run.state[i] < ENDED]
+        for i in open_stages[:8]:
+            missing = [layout.name(dep) for dep in layout.graph.deps[i] if run.state[dep] < ENDED]
+            stream = run.streams.get(i)
+            reason = f"stage {layout.name(i)!r} waits for {', '.join(map(repr, missing)) or 'a slot'}"
+            if stream is not None and stream.flowing:
+                at = stream.wait_for or "running"
+                reason += f" ({at}; {stream.ready_count} items ready, {stream.running} running)"
+            said.append(reason)
+        if len(open_stages) > 8:
+            said.append(f"and {len(open_stages) - 8} more")
+        return said
 
     def _emit(
         self,

@@ -390,11 +390,17 @@ class Stream:
         "started_at",
         "stopped",
         "tick",
+        "wait_for",
+        "wait_since",
+        "waits",
         "window",
     )
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
+        self.wait_for = "upstream"  # why nothing of it runs; "" while something does
+        self.wait_since = -1.0
+        self.waits: dict[str, float] = {}  # reason -> seconds
         self.ready: list[tuple[int, int, Segment]] = []  # heap by index: oldest item first
         self.ready_count = 0
         self.tick = 0
@@ -443,6 +449,16 @@ class Stream:
         self.spill = True  # kept values may go to disk
         self.spill_at = 0  # the first kept list that was not looked at for it
         self.readers: list[Stream] = []
+
+    def waits_for(self, reason: str, now: float) -> None:
+        """From now on it waits for this ("" = it runs)."""
+        before = self.wait_for
+        if before != reason:
+            since = self.wait_since
+            if before and since >= 0.0:
+                self.waits[before] = self.waits.get(before, 0.0) + now - since
+            self.wait_for = reason
+            self.wait_since = now
 
     def push(self, segment: Segment) -> None:
         """Items that may be run."""

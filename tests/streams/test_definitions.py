@@ -328,7 +328,7 @@ def test_a_source_is_never_far_ahead_of_a_slow_reader(engine):
 
     def source():
         nonlocal given
-        for i in range(300):
+        for _ in range(300):
             given += 1
             yield bytes(100_000)
 
