@@ -76,6 +76,60 @@ def _is_bound(fn: Any) -> bool:
     return not isinstance(fn, type | types.FunctionType)
 
 
+class _Condition:
+    """A `threading.Condition` that is made when somebody waits. Of thousands of futures few are ever waited for, and
+    the eight objects of each were what the garbage collector spent its time on.
+    """
+
+    __slots__ = ("_lock", "_real")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._real: threading.Condition | None = None
+
+    def __enter__(self) -> bool:
+        return self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """The lock's."""
+        return self._lock.acquire(blocking, timeout)
+
+    def release(self) -> None:
+        """The lock's."""
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As the standard's; the lock is held."""
+        if self._real is None:
+            self._real = threading.Condition(self._lock)
+        return self._real.wait(timeout)
+
+    def notify_all(self) -> None:
+        """As the standard's; the lock is held."""
+        if self._real is not None:
+            self._real.notify_all()
+
+
+class _LightFuture(concurrent.futures.Future[Any]):
+    """The standard's future with fewer parts."""
+
+    def __init__(self) -> None:
+        self._condition = _Condition()  # type: ignore[assignment]
+        self._state = "PENDING"
+        self._result = None
+        self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
+
+
+# A standard library that gives its futures other parts gets its own.
+if vars(_LightFuture()).keys() != vars(Future()).keys():
+    _LightFuture = Future  # type: ignore[assignment,misc]
+
+
 class _Work:
     """One submitted call."""
 
@@ -227,7 +281,7 @@ class ProcessPoolExecutor(_Mapping):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` in a worker."""
-        future: Future[Any] = Future()
+        future: Future[Any] = _LightFuture()
         if type(fn) is not types.FunctionType and _is_bound(fn):
             args, fn = (fn, *args), _invoke
         with self._lock:
@@ -293,6 +347,7 @@ class ProcessPoolExecutor(_Mapping):
             return  # the lane is about to open, and looks then
         with self._lock:
             self._awake = False
+        work = None
         while self._running < 2 * lane.slots:
             work = self._next()
             if work is None:
@@ -310,6 +365,10 @@ class ProcessPoolExecutor(_Mapping):
                         self._loop.call_later(CHUNK_SECONDS, self._release)
                     break
             self._begin(lane, function, work)
+        else:
+            work = None
+        # What waits now is looked at when a call ends: until then, submitting threads need not wake this one.
+        self._awake = work is not None or self._running >= 2 * lane.slots
         if self._shutdown and not self._running and not self._waiting and not self._retry:
             self._finished.set()
 
@@ -344,7 +403,8 @@ class ProcessPoolExecutor(_Mapping):
         seconds = function.seconds
         if seconds is not None and self._supply.max_tasks_per_child is None:
             each = max(seconds, 1e-7)
-            share = max(len(self._waiting) // (2 * lane.slots) + 1, int(LEAST_SECONDS / each))
+            waiting = len(self._waiting)
+            share = max(waiting // (2 * lane.slots) + 1, min(int(LEAST_SECONDS / each), waiting // 2))
             limit = min(MAX_CHUNK, int(CHUNK_SECONDS / each), share)
             while len(batch) < limit:
                 other = self._next()

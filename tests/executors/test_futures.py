@@ -342,3 +342,41 @@ def test_proxies_of_a_multiprocessing_manager_work_in_workers() -> None:
         event = manager.Event()
         pool.submit(proxy_set, event).result()
         assert event.is_set()
+
+
+def meet(mine: str, other: str) -> bool:
+    """Leave a sign and wait for that of another call."""
+    with open(mine, "w"):
+        pass
+    for _ in range(2000):
+        if os.path.exists(other):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_a_call_is_not_held_back_for_one_that_waits_for_it(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2) as pool:
+        there = str(tmp_path / "there")
+        assert all(pool.map(meet, [there] * 50, [there] * 50))  # now it is known to be quick
+        a, b = str(tmp_path / "a"), str(tmp_path / "b")
+        assert pool.submit(abs, -1).result() == 1
+        first, second = pool.submit(meet, a, b), pool.submit(meet, b, a)
+        assert first.result(20)
+        assert second.result(20)
+
+
+def test_futures_behave_as_the_standard_ones_where_several_wait() -> None:
+    with ProcessPoolExecutor(2) as pool:
+        futures = [pool.submit(time.sleep, 0.05) for _ in range(6)]
+        seen: list[bool] = []
+        threads = [threading.Thread(target=lambda: seen.append(futures[-1].result(20) is None)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        with pytest.raises(TimeoutError):
+            futures[-1].result(0.001)
+        assert len(list(cf.as_completed(futures, 20))) == 6
+        assert cf.wait(futures, 20).not_done == set()
+        for thread in threads:
+            thread.join(20)
+        assert seen == [True] * 3
