@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import itertools
 import os
 import sys
@@ -516,7 +517,8 @@ class Engine:
             if runner is None:
                 runner = self._runners[thread] = asyncio.Runner(loop_factory=loop_factory())
         try:
-            return runner.run(self._held(coroutine))
+            # the caller's own variables, such as its span, not those of whoever made the loop
+            return runner.run(self._held(coroutine), context=contextvars.copy_context())
         finally:
             if threading.current_thread() is not threading.main_thread():
                 # nobody tells when another thread ends: do not keep a loop for it

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stageflow.context.attempt import ABSENT
 from stageflow.context.items import Piece
 from stageflow.runtime.book import NOTHING
+from stageflow.runtime.paths import of_segment
 
 if TYPE_CHECKING:
     from stageflow.events.event import Event
@@ -46,24 +47,25 @@ class FailingBlocks:
         """The turn is over."""
         self._blocks.clear()
 
-    def elements(self, job: Job, stage: int, index: int) -> list[Any] | None:
+    def elements(self, job: Job, stage: int, item: tuple[int, ...]) -> list[Any] | None:
         """The element of the item, one per column, of the last block that had it; None where none is known."""
         for segments, held in reversed(self._blocks.get((job.id, stage), ())):
-            for lo, hi, mask, columns in segments:
-                if not lo <= index < hi or any(handle not in held for handle, _ in columns):
+            for segment in segments:
+                columns = segment[3]
+                if any(handle not in held for handle, _ in columns):
                     continue
-                indices = Piece(lo, hi, mask, ()).indices()
-                place = index - lo if mask < 0 else indices.index(index) if index in indices else -1
-                if place >= 0:
-                    return [
-                        held[handle].load()[at + place if isinstance(at, int) else at[place]] for handle, at in columns
-                    ]
+                for place, (_, path) in enumerate(of_segment(segment, held)):
+                    if path == item:
+                        return [
+                            held[handle].load()[at + place if isinstance(at, int) else at[place]]
+                            for handle, at in columns
+                        ]
         return None
 
-    def batch(self, job: Job, stage: int, index: int) -> list[list[Any]] | None:
+    def batch(self, job: Job, stage: int, item: tuple[int, ...]) -> list[list[Any]] | None:
         """As `elements`, of the whole batch that the item is in."""
         for segments, held in reversed(self._blocks.get((job.id, stage), ())):
-            if not any(lo <= index < hi for lo, hi, _, _ in segments):
+            if not any(path == item for segment in segments for _, path in of_segment(segment, held)):
                 continue
             width = len(segments[0][3])
             made: list[list[Any]] = [[] for _ in range(width)]
@@ -111,7 +113,7 @@ def _values(driver: Driver, job: Job, stage: int, item: tuple[int, ...] | None) 
     if item is None:
         return found
     ask = driver.failing.elements if spec.policies.batch is None else driver.failing.batch
-    elements = ask(job, stage, item[-1])
+    elements = ask(job, stage, item)
     if elements is None:
         return None
     producers = job.code.layout.elements.get(stage) or ()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -365,6 +366,53 @@ def test_off_without_a_provider_and_nothing_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
+
+
+AUTOMATIC = """
+import sys
+from stageflow import Engine, PipelineBuilder
+
+def numbers():
+    yield from range(10)
+
+def user(numbers):
+    from opentelemetry import trace
+    with trace.get_tracer("user").start_as_current_span("inner"):
+        return numbers
+
+graph = PipelineBuilder("g").stage("numbers", numbers).map("user", user, "numbers", executor="process").build()
+plain = PipelineBuilder("p").stage("one", lambda: 1, executor="thread").build()
+
+if __name__ == "__main__":
+    with Engine(processes=1) as engine:
+        engine.run(plain)
+        assert not [name for name in sys.modules if name.startswith("opentelemetry")]
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+        from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+        from stageflow.observability.otel import OtelSink
+
+        exporter, provider = InMemorySpanExporter(), TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        trace.set_tracer_provider(provider)
+        for sinks in ([], [OtelSink(provider)]):
+            exporter.clear()
+            with trace.get_tracer("main").start_as_current_span("outer") as outer:
+                assert engine.run(graph, event_sinks=sinks).success
+            spans = exporter.get_finished_spans()
+            names = [span.name for span in spans]
+            assert (names.count("inner"), names.count("pipeline g"), names.count("stage user")) == (10, 1, 1), names
+            assert {span.context.trace_id for span in spans} == {outer.context.trace_id}
+    print("exported")
+"""
+
+
+def test_a_provider_that_the_program_has_set_up_gets_every_run_once(tmp_path: Path) -> None:
+    program = tmp_path / "automatic.py"
+    program.write_text(AUTOMATIC)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (0, "exported\n"), done.stderr
 
 
 def test_a_wrong_provider_is_named() -> None:

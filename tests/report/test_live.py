@@ -3,6 +3,8 @@
 import http.client
 import json
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 import time
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from stageflow import Engine, PipelineBuilder
 from stageflow.events.event import Event
 from stageflow.report.html import render_body
 from stageflow.report.live import LivePage
@@ -180,3 +183,52 @@ def test_a_browser_follows_the_run(live: LivePage, docs_run: list[Event], tmp_pa
     assert "CONSOLE" not in done.stderr
     assert "<title>docs: completed</title>" in done.stdout
     assert "&lt;script&gt;alert(1)" in done.stdout
+
+
+def test_a_browser_that_goes_away_in_the_middle_of_a_run_is_not_noticed_by_it(live: LivePage) -> None:
+    """One client resets its connection, one closes it, one stays and sees the end of the same run."""
+    gate = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield from range(50)
+        assert gate.wait(30)
+        yield from range(50, 100)
+
+    def double(numbers: int) -> int:
+        return 2 * numbers
+
+    graph = PipelineBuilder("followed").stage("numbers", numbers).map("double", double, over="numbers").build()
+    seen: list[str] = []
+    problems: list[BaseException] = []
+
+    def browse() -> None:
+        try:
+            stays, closes = Follower(live), Follower(live)
+            parts = urlsplit(live.url)
+            resets = socket.create_connection((parts.hostname or "", parts.port or 0))
+            resets.sendall(f"GET {parts.path}events HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+            assert resets.recv(100)
+            while "running" not in stays.next()[1]["title"]:
+                pass
+            closes.next()
+            closes.close()
+            reset = struct.pack("ii", 1, 0)  # no farewell: what is on its way is thrown away
+            resets.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            resets.close()
+            gate.set()
+            while not seen or "completed" not in seen[-1]:
+                seen.append(stays.next()[1]["title"])
+            stays.close()
+        except BaseException as error:
+            problems.append(error)
+        finally:
+            gate.set()
+
+    browser = threading.Thread(target=browse)
+    browser.start()
+    with Engine(processes=1) as engine:
+        result = engine.run(graph, event_sinks=[live])
+    browser.join(30)
+    assert (result.success, problems, browser.is_alive()) == (True, [], False)
+    assert seen[-1] == "followed: completed"
+    assert result.stats["double"].items_out == 100
