@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from stageflow.context.cleanup import CleanupReport
 from stageflow.context.inputs import EMPTY_INPUTS, StageInputs
 from stageflow.context.stage_context import StageContext
 from stageflow.core.executor import Reply
@@ -164,6 +165,7 @@ class Program:
         "contract",
         "declared",
         "form",
+        "grace",
         "is_async",
         "kind",
         "name",
@@ -189,6 +191,7 @@ class Program:
         returns: Any = None,
         resources: Mapping[str, Callable[[], Any]] | None = None,
         resource_scope: int = 0,
+        grace: float = 5.0,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -202,6 +205,7 @@ class Program:
         self.returns = returns
         self.resources = dict(resources or {})
         self.resource_scope = resource_scope
+        self.grace = grace  #: seconds for the cleanups of an attempt
         self._bound: Callable[..., Any] | None = None
         self._checker: Any = None
         self._sure: frozenset[type] = frozenset()
@@ -409,52 +413,31 @@ async def _awaited(awaitable: Any) -> Any:
 def finish_context(ctx: StageContext | None) -> None:
     """Run what the attempt deferred, last registered first. An error of one is noted and does not keep the others
     from running."""
-    if ctx is None or not ctx._defers:
+    if ctx is None or ctx._cleanup is None:
         return
-    defers, ctx._defers = ctx._defers, None
-    for name, callback, args in reversed(defers):
-        try:
-            result = callback(*args)
-            if inspect.isawaitable(result):
-                run_coroutine(_awaited(result))
-        except Exception as error:
-            _cleanup_failed(ctx, name, callback, error)
-    ctx._port.note("deferred", len(defers))
+    cleanup, ctx._cleanup = ctx._cleanup, None
+    _cleaned(ctx, cleanup.run_here(ctx._program.grace, run_coroutine))
 
 
 async def finish_context_async(ctx: StageContext) -> None:
     """`finish_context` on a running loop; shielded from the cancellation of the attempt."""
-    if not ctx._defers:
+    if ctx._cleanup is None:
         return
-    defers, ctx._defers = ctx._defers, None
-
-    async def run_all() -> None:
-        for name, callback, args in reversed(defers):
-            try:
-                result = callback(*args)
-                if inspect.isawaitable(result):
-                    await result
-            except Exception as error:
-                _cleanup_failed(ctx, name, callback, error)
-
-    task = asyncio.ensure_future(run_all())
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    ctx._port.note("deferred", len(defers))
-    if cancelled is not None:
-        raise cancelled
+    cleanup, ctx._cleanup = ctx._cleanup, None
+    try:
+        await cleanup.run_all(ctx._program.grace)
+    finally:
+        _cleaned(ctx, CleanupReport(cleanup.completed, cleanup.failed))
 
 
-def _cleanup_failed(ctx: StageContext, name: str | None, callback: Any, error: BaseException) -> None:
-    label = name or getattr(callback, "__qualname__", repr(callback))
-    text = f"{type(error).__name__}: {error}"
-    ctx._port.note(
-        "event", {"type": "stage.cleanup_failed", "data": {"cleanup": label, "error": text}, "item": ctx.item}
-    )
+def _cleaned(ctx: StageContext, report: CleanupReport) -> None:
+    """Tell the parent what was done."""
+    for failure in report.failed:
+        text = failure.message if failure.error is None else f"{failure.error.type}: {failure.error.message}"
+        ctx._port.note(
+            "event", {"type": "stage.cleanup_failed", "data": {"cleanup": failure.name, "error": text}, "item": ctx.item}
+        )
+    ctx._port.note("deferred", len(report.completed) + len(report.failed))
 
 
 # ---------------------------------------------------------------- helpers of the item programs

@@ -151,6 +151,38 @@ class CleanupRegistry:
         self._last = CleanupReport(tuple(completed), tuple(failed))
         return self._last
 
+    def run_here(self, timeout: float, run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any]) -> CleanupReport:
+        """`run_all` in this thread and without a loop of its own: sync callbacks are called (late ones are told as
+        such), what they return to be awaited is given to `run_coroutine`, within its budget."""
+        completed: list[str] = []
+        failed: list[CleanupFailure] = []
+        end = self._clock() + timeout
+        left = timeout
+        while (entries := self._take()) and (left > 0 or not (completed or failed)):
+            budget = max(left / len(entries), _MIN_BUDGET)
+            for entry in entries:
+                self._note(entry, self._one_here(entry, budget, run_coroutine), completed, failed)
+            left = end - self._clock()
+        failed.extend(CleanupFailure(entry.name or UNNAMED, "Timeout", timed_out=True) for entry in entries)
+        self._last = CleanupReport(tuple(completed), tuple(failed))
+        return self._last
+
+    def _one_here(
+        self, entry: _Entry, budget: float, run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any]
+    ) -> CleanupFailure | None:
+        name = entry.name or UNNAMED
+        started = self._clock()
+        try:
+            returned = entry.callback(*entry.args)
+            if inspect.isawaitable(returned):
+                failure: CleanupFailure | None = run_coroutine(_within(_settled(returned), budget, name))
+                return failure
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            return _failure(name, error)
+        if self._clock() - started > budget:
+            return CleanupFailure(name, "Timeout", timed_out=True)
+        return None
+
     def run_all_sync(self, timeout: float = 10.0) -> CleanupReport:
         """`run_all` for a thread without a running loop; async callbacks run on a private loop."""
         with asyncio.Runner() as runner:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stageflow.context.cancellation import CancellationToken
+from stageflow.context.cleanup import CleanupRegistry
 from stageflow.context.inputs import StageInputs
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, StageCancelledError
@@ -30,7 +31,7 @@ class StageContext:
 
     __slots__ = (
         "_artifacts",
-        "_defers",
+        "_cleanup",
         "_extras",
         "_inputs",
         "_port",
@@ -66,7 +67,7 @@ class StageContext:
         self._inputs = inputs
         self.deadline = deadline
         self._extras = extras
-        self._defers: list[tuple[str | None, Callable[..., Any], tuple[Any, ...]]] | None = None
+        self._cleanup: CleanupRegistry | None = None
         self._artifacts: list[StageArtifact] | None = None
         self._token: CancellationToken | None = None
 
@@ -192,14 +193,15 @@ class StageContext:
 
     def defer(self, callback: Callable[..., Any], *args: Any, name: str | None = None, survive: bool = False) -> None:
         """Run `callback(*args)` when the attempt ends, whatever the outcome; last registered first, where the attempt
-        ran.
+        ran. All cleanups of an attempt share the engine's grace; an async one that takes longer is cancelled.
 
         With `survive` the callback is also sent to the parent before this call returns, and runs there (on the thread
         lane) if the
         worker is lost; it must be picklable then.
         """
-        if self._defers is None:
-            self._defers = []
+        cleanup = self._cleanup
+        if cleanup is None:
+            cleanup = self._cleanup = CleanupRegistry(blocking="here")
         if survive:
             try:
                 shipped = pickle.dumps((callback, args), protocol=5)
@@ -208,8 +210,8 @@ class StageContext:
                     f"stage {self.stage_name!r}: defer(survive=True) needs a callback that pickles: {error}",
                     hint="use a function of an importable module and plain arguments",
                 ) from error
-            self._port.note("defer", {"index": len(self._defers), "call": shipped, "name": name})
-        self._defers.append((name, callback, args))
+            self._port.note("defer", {"index": cleanup.pending_count, "call": shipped, "name": name})
+        cleanup.register(callback, *args, name=name or getattr(callback, "__qualname__", repr(callback)))
 
     async def spawn(self, graph: Any, inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
         """Run `graph` as a child of this run and return its RunResult; its slot is given back while it waits.

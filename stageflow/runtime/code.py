@@ -61,6 +61,7 @@ class GraphCode:
     __slots__ = (
         "__weakref__",
         "_annotations",
+        "_grace",
         "_codes",
         "_direct",
         "_outline",
@@ -87,9 +88,11 @@ class GraphCode:
         scope: int,
         nested: bool = False,
         annotations: bool = True,
+        grace: float = 5.0,
     ) -> None:
         self.graph = graph
         self._annotations = annotations
+        self._grace = grace
         self.lanes: list[str] = []
         cache: dict[Any, str] = {}
         for spec in graph.specs:
@@ -244,6 +247,7 @@ class GraphCode:
             "declared": spec.declared_deps if wants_ctx else (),
             "contract": spec.policies.contract,
             "returns": checked_annotation(spec) if self._annotations else None,
+            "grace": self._grace,
             "resources": self._resources,
             "resource_scope": self._scope,
         }
@@ -308,6 +312,7 @@ def code_of(
     scope: int,
     nested: bool = False,
     annotations: bool = True,
+    grace: float = 5.0,
 ) -> GraphCode:
     """The code of a graph under these settings, shared by all runs that have them."""
     key = (scope, tuple(sorted(placement.items())), lane, nested, annotations)
@@ -321,6 +326,7 @@ def code_of(
             scope=scope,
             nested=nested,
             annotations=annotations,
+            grace=grace,
         )
     return found
 

@@ -191,6 +191,7 @@ class Engine:
             scope=self._scope,
             nested=self._in_worker,
             annotations=config.check_annotations,
+            grace=config.grace,
         )
         return made
 
