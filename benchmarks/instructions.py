@@ -25,7 +25,7 @@ MORE_RUNS: Final = 5
 
 
 class NoCounterError(Exception):
-    """Nothing on this machine counts instructions."""
+    """Instructions cannot be counted here, or not now."""
 
 
 def available() -> None:
@@ -52,6 +52,7 @@ def per_completion(shapes: Sequence[str] = tuple(SHAPES), *, slow: int = 0) -> d
     `slow` adds turns of a useless loop to every signal: for tests that want to see it noticed.
     """
     available()
+    sources = _sources()
     once = dict.fromkeys(SHAPES, 1)
     # Once without counting, so that every module is compiled before.
     subprocess.run(_drive(once, 0), check=True, capture_output=True, timeout=120, env=_environment(), cwd=ROOT)
@@ -60,7 +61,15 @@ def per_completion(shapes: Sequence[str] = tuple(SHAPES), *, slow: int = 0) -> d
     for shape in shapes:
         many = _count({**once, shape: 1 + MORE_RUNS}, slow)
         found[shape] = (many - few) / (MORE_RUNS * SHAPES[shape])
+    if _sources() != sources:
+        raise NoCounterError("the sources changed while instructions were counted")
     return found
+
+
+def _sources() -> list[tuple[str, int]]:
+    """Every module of ours with the time of its last change: a count is a difference of runs of the same code."""
+    files = [*(ROOT / "stageflow").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    return sorted((str(path), path.stat().st_mtime_ns) for path in files)
 
 
 def _drive(runs: dict[str, int], slow: int) -> list[str]:
