@@ -34,6 +34,11 @@ SHOP = """
         if double == 8:
             raise KeyError("eight")
 
+    def leaf(ranges: int) -> int:
+        if ranges == 12:
+            raise LookupError("leaf of twelve")
+        return ranges
+
     def batch(double: list) -> list:
         if 12 in double:
             raise RuntimeError("twelve in batch")
@@ -64,6 +69,7 @@ SHOP = """
         b = PipelineBuilder("shop").stage("load", load).map("double", double, over="load")
         b = b.map("sift", sift, over="double", executor=lane, retry=retry)
         b = b.map("ranges", ranges, over="double", executor=lane)
+        b = b.map("leaf", leaf, over="ranges", executor=lane)
         b = b.map("batch", batch, over="double", batch=4, executor=lane)
         b = b.stage("base", base).stage("other", other).stage("final", final, executor=lane)
         return b.map("zipped", zipped, over="double", executor=lane).build()
@@ -77,6 +83,7 @@ WANTED = {
     ("sift", (7,)): "ValueError: no 14",
     ("sift", (10,)): "ValueError: no 20",
     ("ranges", (4,)): "KeyError: 'eight'",
+    ("leaf", (6, 0)): "LookupError: leaf of twelve",
     ("batch", (6,)): "RuntimeError: twelve in batch",
     ("zipped", (8,)): "ValueError: zip 16 16 20",
     ("final", None): "ZeroDivisionError: integer division or modulo by zero",
@@ -109,7 +116,7 @@ def test_items_batches_and_stages_fail_again_from_their_files(folder, lane):
     assert found["zipped", (8,)].load_input().values == {"double": 16, "sift": 16, "base": 20}
     assert found["batch", (6,)].load_input().values == {"double": [12]}
     assert found["final", None].load_input().values == {"base": 20, "other": 0}
-    for key in [("zipped", (8,)), ("ranges", (4,)), ("final", None)]:
+    for key in [("zipped", (8,)), ("leaf", (6, 0)), ("ranges", (4,)), ("final", None)]:
         again = stageflow(folder, "replay", found[key].path)
         assert again.returncode == 1
         assert WANTED[key] in again.stderr, again.stderr
