@@ -1,4 +1,4 @@
-"""Prints where the microseconds and bytes of a no-op async stage go, as Markdown: `python benchmarks/scheduler/s1_breakdown.py`.
+"""Prints where the microseconds and bytes of a no-op async stage go, as Markdown: `python -m benchmarks.scheduler.s1_breakdown`.
 
 Ours and the floor run in turn; the ratio is the median of the pairs, in CPU seconds of this process. The records are
 timed alone, in this interpreter, so that their sum can be held against the whole.
@@ -19,9 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 import uvloop
 
 from benchmarks.graphs import CountingSink, chain, fan_out, floor, layered
@@ -35,6 +32,7 @@ from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Lane, Task
 from stageflow_executors.local import LocalPort
 
+ROOT: Final = Path(__file__).resolve().parents[2]
 ROUNDS: Final = 9
 
 
@@ -120,9 +118,8 @@ def records() -> None:
 
 def memory(size: int) -> None:
     """The bytes: graph, run and result of a large graph, in an interpreter of its own."""
-    print(
-        f"\n| {size:,} stages | built, bytes per stage | result held | peak | run, us per stage |\n|---|---|---|---|---|"
-    )
+    print(f"\n| {size:,} stages | built, bytes per stage | result held | peak | run, us per stage |")
+    print("|---|---|---|---|---|")
     for shape in ("chain", "fan-out"):
         command = [sys.executable, str(ROOT / "benchmarks" / "scripts" / "stage_memory.py"), shape, str(size)]
         told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
