@@ -434,9 +434,8 @@ def _cleaned(ctx: StageContext, report: CleanupReport) -> None:
     """Tell the parent what was done."""
     for failure in report.failed:
         text = failure.message if failure.error is None else f"{failure.error.type}: {failure.error.message}"
-        ctx._port.note(
-            "event", {"type": "stage.cleanup_failed", "data": {"cleanup": failure.name, "error": text}, "item": ctx.item}
-        )
+        data = {"cleanup": failure.name, "error": text}
+        ctx._port.note("event", {"type": "stage.cleanup_failed", "data": data, "item": ctx.item})
     ctx._port.note("deferred", len(report.completed) + len(report.failed))
 
 
