@@ -350,3 +350,22 @@ async def test_a_bug_of_ours_ends_its_run_and_no_other(monkeypatch):
         assert good.data("s") == {"name": "good"}
         assert not driver.machine.tasks
         assert not driver.jobs
+
+
+async def hanging_cleanup():
+    await asyncio.sleep(60)
+
+
+def with_hanging_cleanup(ctx, path):
+    ctx.defer(write, path, "1")
+    ctx.defer(hanging_cleanup)
+    return "done"
+
+
+def test_cleanups_share_the_grace_and_one_that_hangs_keeps_none_from_running(one, lane, tmp_path, sink):
+    path = tmp_path / "order"
+    result = one(with_hanging_cleanup, lane, {"path": str(path)}, run={"event_sinks": [sink]})
+    assert result.data("s") == "done"
+    assert read(path) == "1"
+    (failed,) = [event for event in sink if event.type == "stage.cleanup_failed"]
+    assert failed.data == {"cleanup": "hanging_cleanup", "error": "Timeout"}
