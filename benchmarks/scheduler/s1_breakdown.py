@@ -1,4 +1,4 @@
-"""Prints where the microseconds and bytes of a no-op async stage go, as Markdown: `python -m benchmarks.scheduler.s1_breakdown`.
+"""Prints where the time and bytes of a no-op async stage go: `python -m benchmarks.scheduler.s1_breakdown`.
 
 Ours and the floor run in turn; the ratio is the median of the pairs, in CPU seconds of this process. The records are
 timed alone, in this interpreter, so that their sum can be held against the whole.
