@@ -105,7 +105,9 @@ SIDES: dict[str, list[Callable[[Path, ExitStack], list[Any]]]] = {
 }
 
 
-def measure(engine: Engine, graph: StageGraph, views: list[Callable[[Path, ExitStack], list[Any]]]) -> tuple[float, float]:
+def measure(
+    engine: Engine, graph: StageGraph, views: list[Callable[[Path, ExitStack], list[Any]]]
+) -> tuple[float, float]:
     """Wall seconds of one run, and CPU seconds of this process for it."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as open_views:
         sinks = [sink for view in views for sink in view(Path(folder), open_views)]
