@@ -942,6 +942,10 @@ class Driver:
                 if job.listening:
                     self.failing.note(job, action)
                 part.retries = tuple(self._item_verdict(running, failure) for failure in meta.failures)
+            if running.timeout is not None:
+                verdict = self._timeout_verdict(running, (action.stage, action.segments[0][0]))
+                if verdict is not None:
+                    part.retries = ((verdict.retry, verdict.wait, verdict.roll),) * max(1, len(meta.failures))
         elif outcome.kind != OutcomeKind.OK:
             self._block_failed(running, part, outcome)
         self.signal(part)

@@ -636,7 +636,13 @@ class FlowRules:
             self._drop_task(task, now)
             stream.running -= max(1, task.items)
         chunk = None
-        if task.stopping is not None and signal.done.failures:
+        if task.stopping == "timeout" and task.items == 1 and signal.final and not stream.batch:
+            # its time was up: that is its outcome, whatever it answered in the end
+            signal.done = Done((), seconds=signal.done.seconds, cpu_seconds=signal.done.cpu_seconds)
+            if signal.handle:
+                self._out.append(act.Release(run.id, (signal.handle,)))
+                signal.handle = 0
+        elif task.stopping is not None and signal.done.failures:
             signal.done = _without_stopped(signal.done)
         if signal.handle:
             chunk = Chunk(signal.handle, 1, signal.nbytes)  # held until all its ranges are given away
