@@ -43,6 +43,19 @@ def slow_item(x, ctx):
     return x
 
 
+def late_item(x, ctx):
+    if x == 1:
+        while not ctx.token.cancelled:
+            time.sleep(0.002)
+    return x
+
+
+def late_error(x, ctx):
+    if late_item(x, ctx) == 1:
+        raise ValueError("too late")
+    return x
+
+
 @pytest.mark.parametrize("lane", ["async", "thread", "process"])
 def test_an_attempt_that_heeds_its_flag_ends_at_its_timeout(one, lane, sink):
     result = one(waits if lane == "async" else obeys, lane, timeout=0.1, run={"event_sinks": [sink]})
@@ -121,8 +134,9 @@ def test_the_time_of_a_run_stops_what_runs_in_it(one, lane):
 
 
 @pytest.mark.parametrize("lane", ["thread", "process"])
-def test_an_item_that_takes_too_long_is_lost_alone(engine, lane):
-    graph = PipelineBuilder("p").map("m", slow_item, over="xs", executor=lane, timeout=0.15).build()
+@pytest.mark.parametrize("function", [slow_item, late_item, late_error])
+def test_an_item_that_takes_too_long_is_lost_alone_whatever_it_answers(engine, lane, function):
+    graph = PipelineBuilder("p").map("m", function, over="xs", executor=lane, timeout=0.15).build()
     result = engine.run(graph, {"xs": [0, 1, 2]}, failure_mode="continue_on_failure")
     assert list(result.data("m")) == [0, 2]
     (failure,) = result.failures
