@@ -1,0 +1,110 @@
+"""Where the time of a round trip goes: CPU microseconds of the parent and of the worker, beside a bare bounce of a
+frame over the same kind of socket with the same loop. CPU time is steadier than the clock on a busy machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import os
+import socket
+import time
+from typing import Any
+
+import numpy
+import uvloop
+
+from stageflow_executors.processes.pool import ProcessExecutor
+
+TRIPS = 500
+ROUNDS = 9
+
+
+def cpu(_: Any) -> float:
+    """CPU seconds of the process it runs in."""
+    return time.process_time()
+
+
+def same(value: Any) -> Any:
+    """The value."""
+    return value
+
+
+def echo(sock: socket.socket) -> None:
+    """The other end of the bare bounce: tells its CPU seconds in a frame of eight bytes when asked by one of one."""
+    room = [bytearray(132_000)]
+    while size := sock.recvmsg_into(room, 272)[0]:
+        sock.send(b"x" * 40 if size > 1 else str(time.process_time()).encode())
+    os._exit(0)
+
+
+async def bounce() -> tuple[float, float, float]:
+    """Parent's CPU, other side's CPU, and wall, in seconds per trip, of frames that carry nothing."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if not os.fork():
+        ours.close()
+        echo(theirs)
+    theirs.close()
+    loop = asyncio.get_running_loop()
+    room = [bytearray(132_000)]
+    waiting: asyncio.Future[bytes] = loop.create_future()
+
+    def readable() -> None:
+        size = ours.recvmsg_into(room, 272, socket.MSG_DONTWAIT)[0]
+        waiting.set_result(bytes(room[0][:size]))
+
+    loop.add_reader(ours.fileno(), readable)
+
+    async def trip(frame: bytes) -> bytes:
+        nonlocal waiting
+        waiting = loop.create_future()
+        ours.send(frame)
+        return await waiting
+
+    found = []
+    for _ in range(ROUNDS):
+        there, here, clock = float(await trip(b"?")), time.process_time(), time.perf_counter()
+        for _ in range(TRIPS):
+            await trip(b"x" * 40)
+        clock, here = time.perf_counter() - clock, time.process_time() - here
+        found.append((here / TRIPS, (float(await trip(b"?")) - there) / TRIPS, clock / TRIPS))
+    loop.remove_reader(ours.fileno())
+    ours.close()
+    return least(found)
+
+
+async def lane_trips(lane: ProcessExecutor, function: Any, value: Any) -> tuple[float, float, float]:
+    """The same of calls through the lane."""
+    found = []
+    for _ in range(ROUNDS):
+        there, here, clock = await lane.submit(cpu, None), time.process_time(), time.perf_counter()
+        for _ in range(TRIPS):
+            await lane.submit(function, value)
+        clock, here = time.perf_counter() - clock, time.process_time() - here
+        found.append((here / TRIPS, (await lane.submit(cpu, None) - there) / TRIPS, clock / TRIPS))
+    return least(found)
+
+
+def least(rounds: list[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The least of each column: what is above it is other people's work."""
+    parent, worker, wall = zip(*rounds, strict=True)
+    return min(parent), min(worker), min(wall)
+
+
+async def main() -> None:
+    """Print the table."""
+    rows = [("bare bounce, no codec", await bounce())]
+    async with ProcessExecutor(1) as lane:
+        for name, function, value in (
+            ("no-op on an int (L1)", operator.abs, 1),
+            ("1 KB of bytes, inline", same, b"x" * 1000),
+            ("1 KB array (P5)", operator.neg, numpy.arange(128.0)),
+            ("[1, 2], by pickle", same, [1, 2]),
+        ):
+            rows.append((name, await lane_trips(lane, function, value)))
+    for name, (parent, worker, wall) in rows:
+        print(f"| {name} | {parent * 1e6:.1f} | {worker * 1e6:.1f} | {wall * 1e6:.1f} |")
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
