@@ -26,7 +26,7 @@ from stageflow import Engine
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
 from stageflow.events.event import Event
 from stageflow.events.fanout import FanOut
-from stageflow.runtime.driver import Running
+from stageflow.runtime.running import Running
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Lane, Task

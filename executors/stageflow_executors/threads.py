@@ -131,7 +131,7 @@ class ThreadExecutor(LocalLane):
         port.started = started = time.monotonic()
         cpu = time.thread_time()
         try:
-            result = call.shipped.function(port, *call.args)
+            result: Any = call.shipped.function(port, *call.args)
             if inspect.isgenerator(result):
                 for reply, ends in parts_of(result):
                     if ends:

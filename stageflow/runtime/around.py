@@ -30,8 +30,9 @@ from stageflow.store.idempotency import Held, Hit, IdempotencyGuard, InMemoryIde
 from stageflow.store.keys import default_key, digest, hash_parameters, idempotency_key
 
 if TYPE_CHECKING:
-    from stageflow.runtime.driver import Driver, Running
+    from stageflow.runtime.driver import Driver
     from stageflow.runtime.engine import Engine
+    from stageflow.runtime.running import Running
 
 _DROPPED: Final = "the element was dropped"
 

@@ -87,7 +87,7 @@ def attempt_values(event: Event) -> dict[str, Any] | None:
 
     To be called by a sink while the event is emitted. Dependencies that gave no value are None.
     """
-    from stageflow.runtime.driver import live_drivers
+    from stageflow.runtime.running import live_drivers
 
     for driver in list(live_drivers):
         for job in driver.jobs.values():

@@ -197,7 +197,7 @@ def _attempt(ctx: Any) -> tuple[Driver, Job, int] | None:
     call = getattr(ctx._port, "call", None)
     if call is None:
         return None
-    from stageflow.runtime.driver import live_drivers
+    from stageflow.runtime.running import live_drivers
 
     for driver in list(live_drivers):
         running = driver.running.get(call.id)

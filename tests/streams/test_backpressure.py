@@ -9,7 +9,7 @@ import pytest
 
 from stageflow import Engine, PipelineBuilder
 from stageflow.runtime import monitor
-from stageflow.runtime.driver import live_drivers
+from stageflow.runtime.running import live_drivers
 from stageflow.scheduler.backpressure import (
     Ladder,
     LadderState,

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from stageflow import Engine, PipelineBuilder
-from stageflow.runtime.driver import live_drivers
+from stageflow.runtime.running import live_drivers
 
 MIB = 1 << 20
 

@@ -9,8 +9,7 @@ from stageflow import Engine, PipelineBuilder
 
 
 def quick(n: int):
-    for i in range(n):
-        yield i
+    yield from range(n)
 
 
 def dawdling(n: int):

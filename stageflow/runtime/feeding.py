@@ -1,0 +1,197 @@
+"""Opens, pulls and closes sources, and asks predicates."""
+
+# mypy: disable-error-code="misc"
+# The driver is spread over modules by subject; each method names Driver as its self.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from stageflow.context.attempt import Header
+from stageflow.core.failure import capture
+from stageflow.pipeline.spec import Role
+from stageflow.runtime.inputs import stage_inputs
+from stageflow.runtime.job import Job
+from stageflow.runtime.running import DriverCounters
+from stageflow.runtime.sequence import Values
+from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource
+from stageflow.scheduler import actions as act
+from stageflow.scheduler import signals as sig
+
+if TYPE_CHECKING:
+    from stageflow.runtime.driver import Driver
+
+CROSSING_FROM: Final = 65536  # bytes of items from which their producer encodes them for readers in other processes
+
+
+class Feeding(DriverCounters):
+    """Opens, pulls and closes sources, and asks predicates."""
+
+    def _pull_source(self: Driver, action: act.PullSource) -> None:
+        job = self.jobs[action.run]
+        pump = job.pumps.get(action.stage)
+        if pump is None:
+            try:
+                pump = job.pumps[action.stage] = self._open_source(job, action.stage)
+            except Exception as error:
+                self._source_ended(job, action.stage, error)
+                return
+        pump.pull(action.count, action.nbytes)
+
+    def _open_source(self: Driver, job: Job, stage: int) -> Any:
+        spec = job.graph.specs[stage]
+        run = job.id
+
+        def arrived(given: Any, nbytes: int, seconds: float, enough: bool) -> None:
+            if run not in self.jobs:
+                return
+            self._next_handle = handle = self._next_handle + 1
+            count = len(given)
+            values = given if isinstance(given, Values) else Values(given, None, nbytes)
+            job.book.hold(handle, values)
+            self.signal(sig.ItemsArrived(run, stage, count, handle, nbytes, seconds, enough))
+
+        def ended(error: BaseException | None) -> None:
+            job.pumps.pop(stage, None)
+            self._source_ended(job, stage, error)
+
+        if spec.role != Role.SOURCE:
+            return self._open_expander(job, stage, arrived, ended)
+        code = job.code.stage(stage)
+        lane = job.code.lanes[stage]
+        values = self._values(job, code.sources, "async", None)
+        header = Header(job.run_id)
+        port = SourcePort(self, job, stage, lane)
+
+        def begin() -> Any:
+            return code.program.iterate(port, header, job.snapshot, *values)
+
+        if spec.is_async:
+            return TaskSource(begin, arrived, ended, self.loop)
+        if lane == "inline":
+            return InlineSource(begin, arrived, ended, self.loop)
+        return ThreadSource(begin, arrived, ended, self.loop, spec.name, self._encoder(job, stage))
+
+    def _encoder(self: Driver, job: Job, stage: int) -> Any:
+        """Encodes lists of big items where another process reads them, on the thread that made them: then they exist
+        once, and are counted as what they are."""
+        layout = job.code.layout
+        executor = self.executors.get("process")
+        if executor is None or not any(layout.lanes[reader] == "process" for reader in layout.readers.get(stage, ())):
+            return None
+
+        def encode(items: list[Any], nbytes: int) -> Values:
+            if nbytes < CROSSING_FROM:
+                return Values(items, None, nbytes)
+            try:
+                payload = executor.encode(items)
+            except Exception:
+                return Values(items, None, nbytes)  # whoever reads them says what is wrong
+            return Values(None, payload, payload.nbytes, len(items))
+
+        return encode
+
+    def _open_expander(self: Driver, job: Job, stage: int, arrived: Any, ended: Any) -> Any:
+        """Lay out the elements of a value that a map goes over."""
+        spec = job.graph.specs[stage]
+        if spec.over >= 0:
+            value = job.book.value(spec.over)
+            origin = f"stage {job.graph.specs[spec.over].name!r}"
+        else:
+            value = job.snapshot.inputs[str(spec.over_input)]
+            origin = f"input {spec.over_input!r}"
+        if hasattr(value, "__aiter__"):
+            return TaskSource(lambda: (value, None), arrived, ended, self.loop)
+        if isinstance(value, Mapping | set | frozenset):
+            value = list(value)
+        if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | bytes):
+            return SequenceSource(value, arrived, ended, self.loop)
+        if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+            from stageflow.core.errors import DefinitionError
+
+            raise DefinitionError(
+                f"stage {spec.name!r} goes over {origin}, which is {type(value).__name__} and no sequence of elements",
+                hint="return a list (or a generator), or use `.stage` instead of `.map`",
+            )
+        if job.code.lanes[stage] == "inline":
+            return InlineSource(lambda: (value, None), arrived, ended, self.loop)
+        return ThreadSource(lambda: (value, None), arrived, ended, self.loop, spec.name)
+
+    def _source_ended(self: Driver, job: Job, stage: int, error: BaseException | None) -> None:
+        if job.id not in self.jobs:
+            return
+        if error is None:
+            self.signal(sig.SourceEnded(job.id, stage))
+            return
+        info = capture(error, lane=job.code.lanes[stage], attempt=1)
+        job.book.failure(stage, info)
+        self.signal(sig.SourceEnded(job.id, stage, "error", info))
+
+    def _stop_source(self: Driver, action: act.StopSource) -> None:
+        pump = self.jobs[action.run].pumps.get(action.stage)
+        if pump is not None:
+            pump.stop(action.reason)
+        else:
+            self.signal(sig.SourceEnded(action.run, action.stage, "cancelled"))
+
+    def _decide(self: Driver, action: act.Decide) -> None:
+        job = self.jobs[action.run]
+        decided = sig.Decided(action.run, action.stage)
+        try:
+            when = job.graph.specs[action.stage].policies.when
+            decided.go = bool(when(stage_inputs(job, action.stage)))
+        except Exception as error:
+            decided.error = capture(error, lane="async", attempt=1)
+            job.book.failure(action.stage, decided.error)
+        self.signal(decided)
+
+
+class SourcePort:
+    """The worker port of a source, which the parent drives."""
+
+    __slots__ = ("_driver", "_job", "_reason", "_stage", "lane")
+
+    def __init__(self, driver: Driver, job: Job, stage: int, lane: str) -> None:
+        self._driver = driver
+        self._job = job
+        self._stage = stage
+        self.lane = lane
+        self._reason: str | None = None
+
+    @property
+    def worker_pid(self) -> int:
+        """This process."""
+        import os
+
+        return os.getpid()
+
+    def cancelled(self) -> bool:
+        """True once the run is over or being stopped."""
+        return self._job.id not in self._driver.jobs or self._stage not in self._job.pumps
+
+    def cancel_reason(self) -> str | None:
+        """Why."""
+        return "the run is over" if self.cancelled() else None
+
+    def progress(self, done: float, total: float) -> None:
+        """A source's progress is its items."""
+
+    def note(self, kind: str, data: Any) -> None:
+        """Send an event from the source's own thread."""
+        if kind != "event":
+            return
+        name = self._job.graph.specs[self._stage].name
+        loop = self._driver.loop
+        fields = (str(data["type"]), self._job, name, None, 1, self.lane, dict(data.get("data") or {}))
+        try:
+            loop.call_soon_threadsafe(self._driver._event, *fields)
+        except RuntimeError:
+            pass  # the loop is closed: the run is over
+
+    def buffer(self, nbytes: int) -> memoryview:
+        """Plain memory."""
+        return memoryview(bytearray(nbytes))
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Sources look at `cancelled` between items; they are closed when the run ends."""

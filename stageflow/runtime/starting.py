@@ -1,0 +1,309 @@
+"""Makes calls: what a stage is called with, in the form its lane takes."""
+
+# mypy: disable-error-code="misc"
+# The driver is spread over modules by subject; each method names Driver as its self.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from stageflow.context.attempt import ABSENT, Header
+from stageflow.context.items import Piece
+from stageflow.context.tracing import TRACE
+from stageflow.core.errors import StageFailedError
+from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind
+from stageflow.core.failure import capture
+from stageflow.core.kinds import StageStatus
+from stageflow.core.output import ErrorInfo, StageOutput
+from stageflow.events.event import Event
+from stageflow.pipeline.policies import DEFAULT_POLICIES
+from stageflow.runtime.job import Job
+from stageflow.runtime.paths import of_segment
+from stageflow.runtime.running import DriverCounters, Running
+from stageflow.scheduler import actions as act
+from stageflow.scheduler import signals as sig
+
+if TYPE_CHECKING:
+    from stageflow.runtime.driver import Driver
+
+
+class Starting(DriverCounters):
+    """Makes calls: what a stage is called with, in the form its lane takes."""
+
+    def _header(self: Driver, job: Job, action: Any, spec: Any, item: tuple[int, ...] | None = None) -> Header:
+        if job.header is not None and action.attempt == 1 and spec.policies is DEFAULT_POLICIES and not job.book.ends:
+            return job.header  # nothing about this attempt is special
+        failed: tuple[str, ...] = ()
+        skipped: tuple[str, ...] = ()
+        if job.book.ends:
+            failed, skipped = self._missing(job, action.stage)
+        extras: dict[str, Any] | None = None
+        if action.tokens:
+            extras = {"tokens": action.tokens}
+        feedback = getattr(action, "feedback", None)
+        if feedback is not None:
+            feedback = {**feedback, "data": self._guard_data(job, feedback["guard"])}
+            extras = {**(extras or {}), "feedback": feedback}
+        if job.depth:
+            extras = {**(extras or {}), "depth": job.depth}
+        if job.trace is not None:
+            extras = {**(extras or {}), TRACE: job.trace}
+        deadline = None
+        policies = spec.policies
+        if policies is not DEFAULT_POLICIES and policies.timeout is not None:
+            deadline = self.clock.monotonic() + policies.timeout
+        return Header(job.run_id, action.attempt, item, deadline, failed, skipped, extras)
+
+    def _guard_data(self: Driver, job: Job, guard: str) -> Any:
+        """What a guard's failing output carried; the machine handles no values, the book has it."""
+        end = job.book.ends.get(job.graph.index[guard])
+        return end.data if end is not None and end.status is StageStatus.FAIL else None
+
+    def _missing(self: Driver, job: Job, stage: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        failed: list[str] = []
+        skipped: list[str] = []
+        for dep in job.graph.deps[stage]:
+            end = job.book.ends.get(dep)
+            if end is None:
+                continue
+            if end.status is StageStatus.FAIL:
+                failed.append(job.graph.specs[dep].name)
+            elif end.status is StageStatus.SKIP:
+                skipped.append(job.graph.specs[dep].name)
+        return tuple(failed), tuple(skipped)
+
+    def _values(
+        self: Driver, job: Job, sources: tuple[int | str, ...], lane: str, executor: Executor | None
+    ) -> list[Any]:
+        """The values of a call's slots, in the form the lane takes them."""
+        found: list[Any] = []
+        if not sources:
+            return found
+        book = job.book
+        inputs = job.snapshot.inputs
+        crosses = lane == "process"
+        for source in sources:
+            if isinstance(source, str):
+                found.append(inputs.get(source, ABSENT))
+                continue
+            if book.graph.streams[source]:
+                found.append(book.sequence(source) if source not in book.ends or source in book.kept else ABSENT)
+                continue
+            value = book.values[source]
+            if value is ABSENT:
+                found.append(ABSENT)
+            elif not crosses:
+                found.append(book.value(source))
+            elif book.encoded[source]:
+                found.append(value)
+            else:
+                shared = book.shared.get(source)
+                if shared is None and executor is not None and len(book.graph.dependents[source]) > 1:
+                    shared = book.shared[source] = executor.encode(value)
+                found.append(shared if shared is not None else value)
+        return found
+
+    def _snapshot(self: Driver, job: Job, lane: str, executor: Executor) -> Any:
+        if lane != "process":
+            return job.snapshot
+        wire = job.snapshot_wire
+        if wire is None:
+            wire = job.snapshot_wire = executor.encode(job.snapshot)
+        return wire
+
+    def _start_attempt(self: Driver, action: act.StartAttempt) -> None:
+        job = self.jobs[action.run]
+        lane, stage = action.lane, action.stage
+        if job.listening:
+            self._started(job, job.graph.specs[stage].name, action.attempt, lane)
+        executor = self.executors.get(lane) or self.executor(lane)
+        self.running[action.task] = running = Running(job, action, executor, self._now)
+        if job.header is not None and action.attempt == 1 and not job.book.ends:
+            direct = job.code.direct(stage)
+            if direct is not None:  # a function of nothing, on this loop: there is nothing to put together
+                executor.start(Call(action.task, direct), self._deliver_attempt)
+                return
+        spec = job.graph.specs[stage]
+        try:
+            if spec.form == "graph":
+                self.loop.create_task(self._subpipeline(running, spec))
+                return
+            code = job.code.stage(action.stage)
+            values = self._values(job, code.sources, lane, executor)
+            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+            header = self._header(job, action, spec)
+            shipped = code.call(lane, job.trace)
+            policies = spec.policies
+            call = Call(
+                action.task,
+                shipped,
+                (header, snapshot, *values),
+                action.short,
+                action.alone,
+                policies.writable,
+            )
+        except Exception as error:
+            self._refuse(running, error)
+            return
+        if policies is not DEFAULT_POLICIES and self.policies is not None and self.policies.wanted(policies):
+            self.policies.around(self, running, call, spec)
+        else:
+            executor.start(call, self._deliver_attempt)
+
+    def _started(self: Driver, job: Job, name: str, attempt: int, lane: str) -> None:
+        """`_event`, for an event of every attempt."""
+        self._seq = seq = self._seq + 1
+        event = Event("stage.started", self.clock.time_ns(), seq, job.run_id, name, None, attempt, lane, {})
+        job.stats.add(event)
+        if job.sinks is not None:
+            job.sinks.emit(event)
+        if self.events.listening:
+            self.events.emit(event)
+
+    def _refuse(self: Driver, running: Running, error: BaseException) -> None:
+        """A call could not even be made: that is its outcome."""
+        outcome = Outcome(running.action.task, OutcomeKind.ERROR, error=capture(error), exception=error)
+        self.loop.call_soon(self.outcome, outcome)
+
+    def _start_block(self: Driver, action: act.StartBlock) -> None:
+        job = self.jobs[action.run]
+        spec = job.graph.specs[action.stage]
+        lane = action.lane
+        executor = self.executors.get(lane) or self.executor(lane)
+        running = Running(job, action, executor, self.clock.monotonic())
+        self.running[action.task] = running
+        try:
+            code = job.code.stage(action.stage)
+            commons = self._values(job, code.sources, lane, executor)
+            pieces, lists = self._pieces(job, action.segments, len(commons), lane)
+            if job.code.nested and action.stage in job.code.nested and code.program.plan.wants_ctx:
+                pieces = tuple(
+                    msgspec.structs.replace(piece, paths=tuple(p for _, p in of_segment(segment, job.book.handles)))
+                    for piece, segment in zip(pieces, action.segments, strict=True)
+                )
+            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+            header = self._header(job, action, spec)
+            shipped = code.call(lane, job.trace)
+            call = Call(
+                action.task,
+                shipped,
+                (header, snapshot, pieces, *commons, *lists),
+                action.short,
+                action.alone,
+                bool(spec.policies.writable),
+            )
+        except Exception as error:
+            self._refuse(running, error)
+            return
+        if self.policies is not None and self.policies.wanted(spec.policies):
+            self.policies.around(self, running, call, spec)
+        else:
+            executor.start(call, self._deliver_block)
+
+    def _pieces(self: Driver, job: Job, segments: Any, first: int, lane: str) -> tuple[tuple[Piece, ...], list[Any]]:
+        """Segments as a call carries them: each list of values once, addressed by its place among the arguments."""
+        handles = job.book.handles
+        crosses = lane == "process"
+        if len(segments) == 1 and len(segments[0][3]) == 1:
+            lo, hi, mask, ((handle, at),) = segments[0]
+            held = handles[handle]
+            if type(at) is int and (not crosses or held.payload is None):
+                # only what the block needs: a slice costs pointers, encoding the whole list costs its bytes
+                items = held.load()
+                count = hi - lo if mask < 0 else mask.bit_count()
+                if count != len(items):
+                    return (Piece(lo, hi, mask, ((first, 0),)),), [items[at : at + count]]
+            return (Piece(lo, hi, mask, ((first, at),)),), [held.form(crosses)]
+        places: dict[int, int] = {}
+        lists: list[Any] = []
+        pieces: list[Piece] = []
+        for lo, hi, mask, columns in segments:
+            wired = []
+            for handle, at in columns:
+                place = places.get(handle)
+                held = handles[handle]
+                if type(at) is int and crosses and held.payload is None:
+                    items = held.load()
+                    count = hi - lo if mask < 0 else mask.bit_count()
+                    if count != len(items):
+                        wired.append((first + len(lists), 0))
+                        lists.append(items[at : at + count])
+                        continue
+                if place is None:
+                    place = places[handle] = first + len(lists)
+                    lists.append(handles[handle].form(crosses))
+                wired.append((place, at))
+            pieces.append(Piece(lo, hi, mask, tuple(wired)))
+        return tuple(pieces), lists
+
+    def _start_fold(self: Driver, action: act.StartFold) -> None:
+        job = self.jobs[action.run]
+        spec = job.graph.specs[action.stage]
+        lane = action.lane
+        executor = self.executors.get(lane) or self.executor(lane)
+        running = Running(job, action, executor, self.clock.monotonic())
+        self.running[action.task] = running
+        try:
+            code = job.code.stage(action.stage)
+            handles = job.book.handles
+            shipped = code.call(lane, job.trace)
+            header = self._header(job, action, spec)
+            args: tuple[Any, ...]
+            if action.job == "merge":
+                args = (None, *(handles[h].form(lane == "process") if h else ABSENT for h in action.accumulators))
+            else:
+                commons = self._values(job, code.sources, lane, executor)
+                if action.accumulators:
+                    commons.append(handles[action.accumulators[0]].form(lane == "process"))
+                pieces, lists = self._pieces(job, action.segments, len(commons), lane)
+                args = (pieces, *commons, *lists)
+            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+            call = Call(action.task, shipped, (header, snapshot, action.job, *args), False, action.alone)
+        except Exception as error:
+            self._refuse(running, error)
+            return
+        executor.start(call, self._deliver_fold)
+
+    async def _subpipeline(self: Driver, running: Running, spec: Any) -> None:
+        from stageflow.runtime.spawn import run_child
+
+        job, action = running.job, running.action
+        started = self.clock.monotonic()
+        outcome = Outcome(action.task)
+        try:
+            code = job.code.stage(action.stage)
+            values = self._values(job, code.sources, "async", running.executor)
+            inputs = {
+                slot.param or slot.name: value
+                for slot, value in zip(code.program.plan.slots, values, strict=True)
+                if value is not ABSENT
+            }
+            self.signal(sig.ChildrenWait(action.task, True))
+            result = await run_child(self, job, spec.runner, inputs, {}, stage=spec.name, task=action.task)
+            if result.success:
+                outcome.value = {name: output.data for name, output in result.outputs.items()}
+            else:
+                # a child that ended itself does not end its parent: its failure mode decides
+                how = "was cancelled" if result.cancelled else "failed"
+                text = f"subpipeline {spec.runner.name!r} {how}: {result.error or result.cancel_reason}"
+                failed = StageOutput.fail(text, data=result.failures.to_dict(), retryable=not result.cancelled)
+                info = ErrorInfo(
+                    type=f"{StageFailedError.__module__}.{StageFailedError.__qualname__}",
+                    message=text,
+                    code=StageFailedError.code,
+                    cause=result.error_info,
+                    retryable=failed.retryable,
+                    lane=action.lane,
+                    attempt=action.attempt,
+                )
+                outcome.value = failed.data
+                outcome.meta = msgspec.structs.replace(failed, error_info=info, data=None)
+        except Exception as error:
+            outcome.kind = OutcomeKind.ERROR
+            outcome.error = capture(error, lane="async", attempt=action.attempt)
+            outcome.exception = error
+        outcome.started = started
+        outcome.seconds = self.clock.monotonic() - started
+        self._deliver_attempt(outcome)
