@@ -641,25 +641,35 @@ class _Threads:
             if self.idle:
                 self.idle.pop().put(work)
                 return
-            self.work.append(work)
-            if len(self.threads) < self.limit:
+            if len(self.threads) >= self.limit:
+                self.work.append(work)
+            else:
+                mailbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+                mailbox.put(work)  # already its own: a shutdown that cancels what waits does not
                 name = f"{self.prefix}_{len(self.threads)}"
-                thread = threading.Thread(target=self.serve, name=name, daemon=True)
+                thread = threading.Thread(target=self.serve, args=(mailbox,), name=name, daemon=True)
                 self.threads.add(thread)
                 _serving.add(thread)
                 thread.start()
 
-    def serve(self) -> None:
-        """One thread's life."""
+    def serve(self, mailbox: queue.SimpleQueue[_Work | None]) -> None:
+        """One thread's life; its first call is in `mailbox`."""
         if self.initializer is not None:
             try:
                 self.initializer(*self.initargs)
             except BaseException:
+                with self.lock:
+                    first = mailbox.get()
+                    self.work.extend([first] if first is not None else [])
                 self.initializer_failed()
                 return
-        mailbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        with self.lock:  # until `add`, which starts this thread, has returned: then an idle thread is soon seen as idle
+            work = mailbox.get()
+        if work is None:
+            return
         while True:
-            work: _Work | None
+            self.run(work)
+            work = None
             with self.lock:
                 if self.work:
                     work = self.work.popleft()
@@ -667,13 +677,10 @@ class _Threads:
                     return
                 else:
                     self.idle.append(mailbox)
-                    work = None
             if work is None:
                 work = mailbox.get()
                 if work is None:
                     return
-            self.run(work)
-            del work
 
     @staticmethod
     def run(work: _Work) -> None:
