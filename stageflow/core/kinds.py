@@ -54,8 +54,8 @@ class Lane(StrEnum):
     THREAD = "thread"
     PROCESS = "process"
     INLINE = "inline"  #: everything in the calling thread, in deterministic order: for debugging
-    DASK = "dask"
-    RAY = "ray"
+    DASK = "dask"  #: a distributed cluster, named by STAGEFLOW_DASK or the current client
+    RAY = "ray"  #: not built: the engine takes an executor of yours for it
 
 
 class FailureMode(StrEnum):

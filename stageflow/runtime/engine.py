@@ -46,7 +46,6 @@ LANES: Final[Mapping[str, str]] = {
     "thread": "stageflow_executors.threads:ThreadExecutor",
     "process": "stageflow_executors.processes.pool:ProcessExecutor",
     "dask": "stageflow_executors.cluster.dask_lane:DaskExecutor",
-    "ray": "stageflow_executors.cluster.ray_lane:RayExecutor",
 }
 #: set in the environment of every worker: a default engine there has no process lane
 IN_WORKER: Final = "STAGEFLOW_IN_WORKER"
@@ -272,8 +271,12 @@ class Engine:
             made = load(LANES[lane])(supply=self.supply(), grace=self.config.grace)
         elif lane == "thread":
             made = load(LANES[lane])(self.config.threads)
-        else:
+        elif lane in LANES:
             made = load(LANES[lane])()
+        else:
+            raise DefinitionError(
+                f"the lane {lane!r} is not built", hint=f"give the engine an executor: Engine(lanes={{{lane!r}: make}})"
+            )
         return made
 
     async def _close_state(self, state: _LoopState) -> None:

@@ -1,4 +1,4 @@
-"""Lanes on other machines: dask and ray, each behind its extra and imported on first use.
+"""The lane on other machines: dask, behind its extra and imported on first use.
 
 May import `stageflow.core` only, of all of `stageflow`.
 """
