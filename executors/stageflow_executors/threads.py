@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from stageflow.core.errors import LaneClosedError
 from stageflow.core.executor import Call, Deliver, Outcome
@@ -133,7 +133,7 @@ class ThreadExecutor(LocalLane):
         try:
             result: Any = call.shipped.function(port, *call.args)
             if inspect.isgenerator(result):
-                for reply, ends in parts_of(result):
+                for reply, ends in parts_of(cast("Any", result)):
                     if ends:
                         result = reply
                     elif reply is not None:

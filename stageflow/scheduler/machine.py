@@ -24,9 +24,12 @@ from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.admission import Admission
 from stageflow.scheduler.backpressure import Policy
+from stageflow.scheduler.blocks import BlockRules
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.flow import FlowRules
+from stageflow.scheduler.folding import FoldRules
 from stageflow.scheduler.guards import GuardRules
+from stageflow.scheduler.losses import LossRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
 from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
 from stageflow.scheduler.states import ALLOWED, ENDED, StageState
@@ -38,7 +41,7 @@ AHEAD: Final = 2  # tasks per worker when they are short
 CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
-class Machine(PlainRules, OutcomeRules, FlowRules, GuardRules, StopRules):
+class Machine(PlainRules, OutcomeRules, FlowRules, BlockRules, LossRules, FoldRules, GuardRules, StopRules):
     """The scheduler of one event loop: any number of runs, one set of lanes.
 
     `lanes` maps a lane's name to its slots; `tokens` names to how many there are; `memory` is the byte budget of live

@@ -1,0 +1,77 @@
+"""Small arithmetic on index ranges and masks, and the stand-in for values that are not there.
+
+May not import: asyncio, threading, time, random, logging, `stageflow.runtime`, any executor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from stageflow.context.items import Done
+from stageflow.core.output import ErrorInfo
+from stageflow.scheduler.streams import Chunk, Segment, Stream
+
+TOO_LARGE: Final = "SF-COLLECT-TOO-LARGE"
+#: stands for a column of which no item is there
+NOTHING: Final = Chunk(0, 1 << 60, -1)
+
+
+def no_reason() -> ErrorInfo:
+    return ErrorInfo(type="Exception", message="failed without a reason")
+
+
+def is_gone(stream: Stream) -> bool:
+    """Whether the stage takes no more items."""
+    return stream.ended or stream.shedding
+
+
+def first_of(entry: Any) -> int:
+    end: int = entry[0]
+    return end
+
+
+def end_of(segment: Any) -> int:
+    end: int = segment.hi
+    return end
+
+
+def indices_of(segment: Segment) -> list[int]:
+    if segment.mask < 0:
+        return list(range(segment.lo, segment.hi))
+    return [segment.lo + bit for bit in range(segment.hi - segment.lo) if segment.mask >> bit & 1]
+
+
+def ranges_without(lo: int, hi: int, points: Any) -> list[tuple[int, int]]:
+    """[lo, hi) cut at the points, which are left out."""
+    inside = sorted(point for point in points if lo <= point < hi)
+    if not inside:
+        return [(lo, hi)]
+    found: list[tuple[int, int]] = []
+    for point in inside:
+        if lo < point:
+            found.append((lo, point))
+        lo = point + 1
+    if lo < hi:
+        found.append((lo, hi))
+    return found
+
+
+def without_stopped(done: Done) -> Done:
+    """A part of a task that was asked to stop: items that heeded it have not decided anything, so they are unrun."""
+    stopped = {failure.index for failure in done.failures if failure.status == "cancel"}
+    ranges = tuple(
+        (start, stop, mask if (start, stop) == (lo, hi) else submask(lo, mask, start, stop))
+        for lo, hi, mask in done.ranges
+        for start, stop in ranges_without(lo, hi, stopped)
+    )
+    failures = tuple(failure for failure in done.failures if failure.index not in stopped)
+    return msgspec.structs.replace(done, ranges=ranges, failures=failures)
+
+
+def submask(lo: int, mask: int, start: int, stop: int) -> int:
+    if mask < 0:
+        return -1
+    part = (mask >> (start - lo)) & ((1 << (stop - start)) - 1)
+    return -1 if part == (1 << (stop - start)) - 1 else part
