@@ -110,6 +110,7 @@ class ItemFailure(msgspec.Struct, frozen=True, array_like=True):
     status: str
     info: ErrorInfo
     path: tuple[int, ...]
+    member: int = 0  #: which stage of a region
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
@@ -117,7 +118,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
     `ranges` are (lo, hi, mask): all indices in [lo, hi) that were asked for are finished; `mask` has the survivors
     (-1 = every index).
-    `counts` (flat-map) has the number of items each input item gave, in order.
+    `counts` (flat-map) has the number of items each input item gave, in order. `inner` (region) has (ok, dropped,
+    failed, seconds, CPU seconds) of each of its stages.
     """
 
     ranges: tuple[tuple[int, int, Any], ...]
@@ -126,6 +128,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     counts: tuple[int, ...] | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    inner: tuple[tuple[int, int, int, float, float], ...] | None = None
 
 
 class ItemProgram(Program):

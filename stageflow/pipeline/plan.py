@@ -13,6 +13,7 @@ from stageflow.core.kinds import FailureMode, StageKind
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.placement import BIG_SHIPMENT, place, shipped_bytes
 from stageflow.pipeline.policies import Rate
+from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.signatures import annotations_of
 from stageflow.pipeline.spec import Binding, Role, StageSpec
 from stageflow.pipeline.types import describe
@@ -95,8 +96,10 @@ def make_plan(graph: StageGraph, config: Any = None) -> Plan:
     absent = _may_be_skipped(graph)
     unrouted = _unrouted(graph)
     stages = []
+    chosen = [place(spec, overrides=overrides, lane=forced) for spec in graph.specs]
+    fused = find_regions(graph, [str(placed.lane) for placed in chosen])
     for i, spec in enumerate(graph.specs):
-        placed = place(spec, overrides=overrides, lane=forced)
+        placed = chosen[i]
         stages.append(
             PlannedStage(
                 name=spec.name,
@@ -113,7 +116,7 @@ def make_plan(graph: StageGraph, config: Any = None) -> Plan:
                 policies={key: _show(value) for key, value in spec.policies.changed().items()},
                 gives=_gives(spec),
                 contract=None if spec.policies.contract is None else describe(spec.policies.contract),
-                notes=tuple(_notes(graph, i, spec, str(placed.lane), unrouted)),
+                notes=(*_notes(graph, i, spec, str(placed.lane), unrouted), *_fused(graph, fused, i)),
             )
         )
     return Plan(
@@ -126,6 +129,15 @@ def make_plan(graph: StageGraph, config: Any = None) -> Plan:
         unrouted=unrouted,
         bounds=tuple(_bounds(graph, config)),
     )
+
+
+def _fused(graph: StageGraph, regions: Mapping[int, tuple[int, ...]], i: int) -> list[str]:
+    """What is said of a stage that runs back to back with others."""
+    for members in regions.values():
+        if i in members:
+            names = " -> ".join(_names(graph, members))
+            return [f"runs back to back in one worker: {names} (fuse=False forbids it)"]
+    return []
 
 
 def _setting(config: Any, key: str) -> Any:

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from stageflow.context.attempt import CallPlan, Program, Slot
 from stageflow.context.items import ItemProgram, ReduceProgram
+from stageflow.context.region import RegionProgram
 from stageflow.context.tracing import Traced
 from stageflow.core.executor import Shipped
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.checks import checked_annotation
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.placement import place
+from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.runtime.paths import nested_stages
 from stageflow.scheduler.layout import Layout
@@ -43,6 +45,23 @@ class StageCode:
         self._modules = modules
         self._traced: tuple[Shipped, Shipped] | None = None
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that define it."""
+        return self._modules
+
+    def fused(self, rest: Sequence[StageCode], modules: tuple[str, ...]) -> StageCode:
+        """This stage and those that run back to back with it, as one that is called like this one."""
+        made: StageCode = object.__new__(StageCode)
+        program = RegionProgram([one.program for one in (self, *rest)])  # type: ignore[misc]
+        made.program = self.program
+        made.sources = self.sources
+        made.passes_snapshot = any(one.passes_snapshot for one in (self, *rest))
+        made.shipped = made.shipped_async = Shipped(program, label=program.name, modules=modules)
+        made._modules = modules
+        made._traced = None
+        return made
+
     def call(self, lane: str, trace: str | None) -> Shipped:
         """What to run in `lane`; inside the trace context of its attempt where `trace` is not None."""
         on_loop = lane in ("async", "inline")
@@ -61,10 +80,11 @@ class GraphCode:
     __slots__ = (
         "__weakref__",
         "_annotations",
-        "_grace",
         "_codes",
         "_direct",
+        "_grace",
         "_outline",
+        "_regions",
         "_resources",
         "_scope",
         "_shared",
@@ -102,7 +122,8 @@ class GraphCode:
                 chosen = str(place(spec, overrides=placement, lane=lane).lane)
                 found = cache[key] = _able(spec, chosen, nested)
             self.lanes.append(found)
-        self.layout = Layout(graph, self.lanes)
+        self.layout = Layout(graph, self.lanes, regions=find_regions(graph, self.lanes))
+        self._regions: dict[int, StageCode] = {}
         #: stages whose items have paths of more than one number
         self.nested = nested_stages(graph, self.layout.elements)
         #: lanes that have to be open before a run
@@ -125,6 +146,15 @@ class GraphCode:
         code = self._codes.get(i)
         if code is None:
             code = self._codes[i] = self._make(i)
+        return code
+
+    def region(self, i: int) -> StageCode:
+        """The code of the region that begins with stage `i`."""
+        code = self._regions.get(i)
+        if code is None:
+            head, *rest = [self.stage(member) for member in self.layout.regions[i]]
+            modules = dict.fromkeys(name for one in (head, *rest) for name in one.modules)
+            code = self._regions[i] = head.fused(rest, tuple(modules))
         return code
 
     def direct(self, i: int) -> Shipped | None:

@@ -199,7 +199,10 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
         self.signal(
-            sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth)
+            # spans are told stage by stage, so a run that is traced is not fused
+            sig.RunSubmitted(
+                job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth, job.trace is None
+            )
         )  # fmt: skip
         if job.token is not None:
             self._follow(job, job.token)

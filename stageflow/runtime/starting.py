@@ -175,10 +175,10 @@ class Starting(DriverCounters):
         running = Running(job, action, executor, self.clock.monotonic())
         self.running[action.task] = running
         try:
-            code = job.code.stage(action.stage)
+            code = job.code.stage(action.stage) if action.region is None else job.code.region(action.stage)
             commons = self._values(job, code.sources, lane, executor)
             pieces, lists = self._pieces(job, action.segments, len(commons), lane)
-            if job.code.nested and action.stage in job.code.nested and code.program.plan.wants_ctx:
+            if job.code.nested and action.stage in job.code.nested and code.passes_snapshot:
                 pieces = tuple(
                     msgspec.structs.replace(piece, paths=tuple(p for _, p in of_segment(segment, job.book.handles)))
                     for piece, segment in zip(pieces, action.segments, strict=True)

@@ -26,7 +26,8 @@ class StartAttempt(Action):
 
 
 class StartBlock(Action):
-    """Run a block of items of a map or sink. `segments` are (lo, hi, mask, ((handle, position or positions), ...))."""
+    """Run a block of items of a map or sink. `segments` are (lo, hi, mask, ((handle, position or positions), ...)).
+    `region`: take them through these stages, of which `stage` is the first."""
 
     task: int
     run: int
@@ -37,6 +38,7 @@ class StartBlock(Action):
     alone: bool = False
     short: bool = False
     tokens: dict[str, tuple[int, ...]] | None = None
+    region: tuple[int, ...] | None = None
 
 
 class StartFold(Action):

@@ -120,6 +120,7 @@ class BlockRules:
                 alone,
                 short,
                 task.tokens,
+                self._region_of(run, task, segments, now),
             )
         )
 
@@ -224,6 +225,9 @@ class BlockRules:
     ) -> None:
         """Book the finished indices of a part: survivors go on, failures are retried or counted."""
         done = signal.done
+        if done.inner is not None and task.region is not None:
+            self._take_region(run, task, task.region, signal, chunk, now)
+            return
         items = dropped = 0
         retried: dict[int, tuple[float, Any]] = {}
         lost: set[int] = set()

@@ -32,6 +32,7 @@ class Task(msgspec.Struct, eq=False, gc=False):
     stream: Stream | None = None
     segments: list[Segment] | None = None
     items: int = 0
+    region: tuple[int, ...] | None = None  # the stages its items are taken through
     expected: int = 0  # bytes it is expected to add while it runs
     job: str | None = None
     node: Any = None
@@ -62,6 +63,7 @@ class Run:
         "failed_items",
         "feedback",
         "first_start",
+        "fuse",
         "grace_timer",
         "guards",
         "id",
@@ -97,6 +99,7 @@ class Run:
         self.run_id = signal.run_id
         self.layout = layout
         self.mode = signal.mode
+        self.fuse = signal.fuse
         self.listening = signal.listening
         self.seq = seq
         self.started_at = now

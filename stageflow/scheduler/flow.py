@@ -457,7 +457,7 @@ class FlowRules:
 
     def _held_back(self: Machine, run: Run, stream: Stream) -> str | None:
         """Why no more may start, None when it may: the readers have enough, bytes or memory are short."""
-        for reader in stream.readers:
+        for reader in self._outlet(run, stream).readers:
             slots = self.lanes[run.layout.lanes[reader.stage]].slots
             most = 4 * slots * (reader.block_size(slots, MAX_BLOCK) if reader.can_block else 1) + 16
             if reader.batch:

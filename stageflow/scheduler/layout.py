@@ -35,6 +35,7 @@ class Layout:
     - `simple[i]`: 1 for a task with default policies in a plain graph: nothing is asked before it starts or when it
       ends well;
     - `required[i]`: dependencies without whose value stage i is skipped;
+    - `regions[i]`: the stages that run back to back with stage i, itself first;
     - `gates[i]`: guards that must have passed for good before stage i may start.
     """
 
@@ -60,6 +61,7 @@ class Layout:
         "plain",
         "priorities",
         "readers",
+        "regions",
         "required",
         "roles",
         "simple",
@@ -70,9 +72,15 @@ class Layout:
     )
 
     def __init__(
-        self, graph: StageGraph, lanes: Sequence[str], *, token_demand: Mapping[int, bool] | None = None
+        self,
+        graph: StageGraph,
+        lanes: Sequence[str],
+        *,
+        token_demand: Mapping[int, bool] | None = None,
+        regions: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
         specs = graph.specs
+        self.regions = dict(regions or {})
         size = len(specs)
         self.graph = graph
         self.specs = specs

@@ -28,6 +28,7 @@ from stageflow.scheduler.blocks import BlockRules
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.flow import FlowRules
 from stageflow.scheduler.folding import FoldRules
+from stageflow.scheduler.fused import RegionRules
 from stageflow.scheduler.guards import GuardRules
 from stageflow.scheduler.losses import LossRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
@@ -41,7 +42,9 @@ AHEAD: Final = 2  # tasks per worker when they are short
 CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
-class Machine(PlainRules, OutcomeRules, FlowRules, BlockRules, LossRules, FoldRules, GuardRules, StopRules):
+class Machine(
+    PlainRules, OutcomeRules, FlowRules, BlockRules, LossRules, FoldRules, RegionRules, GuardRules, StopRules
+):
     """The scheduler of one event loop: any number of runs, one set of lanes.
 
     `lanes` maps a lane's name to its slots; `tokens` names to how many there are; `memory` is the byte budget of live
