@@ -114,6 +114,8 @@ class ProcessExecutor(Hearing):
         running, _, _ = lent.handle.page.running()
         if running != call_id and lent.handle.channel.can_take_back:
             self._take_back(lent)
+            if not lent.tasks and lent.death is None:
+                self._became_idle(lent)  # it has nothing left to report, so nothing else would tell
             if task.worker is None:
                 self._cancel_queued(task)
                 self._dispatch()
