@@ -42,8 +42,7 @@ class BlockRules:
         if not stream.ready and not stream.jobs and not (stream.fold is not None and stream.fold.jobs):
             return
         stream.queued = True
-        if not stream.running:
-            stream.waits_for("slot", now)
+        stream.held_for("slot", now)
         layout = run.layout
         lane = self.lanes[layout.lanes[stream.stage]]
         self._seq += 1
@@ -60,8 +59,7 @@ class BlockRules:
         if held is not None and run.running:
             stream.blocked = True
             run.blocked.append(stream)
-            if not stream.running:
-                stream.waits_for(held, now)
+            stream.held_for(held, now)
             return
         self._start_blocks(run, stream, lane, now)
         self._offer(run, stream, now)
@@ -213,8 +211,7 @@ class BlockRules:
         if run.ending is None and signal.final:
             self._block_ended(run, task, stream, signal, now)
         if run.ending is None:
-            if not stream.running:
-                stream.waits_for("upstream", now)
+            stream.rests(now)
             self._offer(run, stream, now)
             self._maybe_over(run, stream, now)
         self._settle_ended(now)

@@ -208,8 +208,7 @@ class FoldRules:
             stream.kept.append(Chunk(signal.handle, 1, signal.nbytes))
         stream.ok += count
         stream.measure(count, signal.seconds, signal.nbytes)
-        if not stream.running:
-            stream.waits_for("upstream", now)
+        stream.rests(now)
         lo = task.segments[0].lo if task.segments else 0
         self._emit(
             "stage.items",

@@ -455,8 +455,7 @@ class Machine(
         entry[4].queued += 1
         if entry[6] is not None:
             entry[6].queued = True
-            if not entry[6].running:
-                entry[6].waits_for(reason[0], now)
+            entry[6].held_for(reason[0], now)
         at = self.admission.park(reason, (lane.name, entry))
         if at is not None:
             self._set_timer(None, at, lambda due, when: self._unpark(reason, when))

@@ -375,6 +375,7 @@ class Stream:
         "merge_attempts",
         "ok",
         "out_next",
+        "pending",
         "promised",
         "pull_open",
         "queued",
@@ -401,6 +402,7 @@ class Stream:
         self.wait_for = "upstream"  # why nothing of it runs; "" while something does
         self.wait_since = -1.0
         self.waits: dict[str, float] = {}  # reason -> seconds
+        self.pending = ""  # why the next block, which is there, has not started
         self.ready: list[tuple[int, int, Segment]] = []  # heap by index: oldest item first
         self.ready_count = 0
         self.tick = 0
@@ -459,6 +461,17 @@ class Stream:
                 self.waits[before] = self.waits.get(before, 0.0) + now - since
             self.wait_for = reason
             self.wait_since = now
+
+    def held_for(self, reason: str, now: float) -> None:
+        """There is something to run, and this is why it does not start yet."""
+        self.pending = reason
+        if not self.running:
+            self.waits_for(reason, now)
+
+    def rests(self, now: float) -> None:
+        """A task of it has ended."""
+        if not self.running:
+            self.waits_for(self.pending if self.queued or self.blocked else "upstream", now)
 
     def push(self, segment: Segment) -> None:
         """Items that may be run."""
