@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import click
 import msgspec
 
 from stageflow.cli.inputs import read_inputs
+from stageflow.cli.lines import WholeLines, closing_lines
 from stageflow.cli.loading import load_graph
 from stageflow.cli.options import as_config, engine_options, run_options, target_argument
 from stageflow.cli.show import as_data, print_result, stopped
@@ -51,8 +52,10 @@ def run(
     with Views.from_options(graph, options, FailedInput(snapshot=inputs, target=target)) as views:
         meter = CpuMeter()
         try:
-            # what stages print must not come between the lines of a program's output
-            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            # what stages print must not come between the lines of a program's output, nor share a line
+            printed = sys.stderr if as_json else sys.stdout
+            lines = printed if printed.isatty() else WholeLines(printed)
+            with redirect_stdout(lines), closing_lines(lines):
                 result = graph.run(inputs, event_sinks=views.sinks, **as_config(options))
             code = 0 if result.success else 1
         except (KeyboardInterrupt, SystemExit) as interrupt:
