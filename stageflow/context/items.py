@@ -321,7 +321,8 @@ class ItemProgram(Program):
             values = list(result)
         except TypeError:
             raise TypeError(
-                f"stage {self.name!r} has batch= and must return a sequence as long as its list, not {type(result).__name__}"
+                f"stage {self.name!r} has batch= and must return a sequence as long as its list, "
+                f"not {type(result).__name__}"
             ) from None
         if len(values) != len(indices):
             raise ValueError(f"stage {self.name!r} got a batch of {len(indices)} and returned {len(values)} values")

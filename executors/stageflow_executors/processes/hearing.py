@@ -55,9 +55,9 @@ class Hearing(Lending):
                     self._dispatch()
                 return
             supply = self.supply
-            if (
-                supply.max_tasks_per_child is not None or supply.worker_memory_limit is not None
-            ) and self._recycle(lent):
+            if (supply.max_tasks_per_child is not None or supply.worker_memory_limit is not None) and self._recycle(
+                lent
+            ):
                 return
             self._idle.append(lent)
         if self._queue:

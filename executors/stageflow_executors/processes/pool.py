@@ -67,8 +67,8 @@ class ProcessExecutor(Hearing):
         return self._slots
 
     async def open(self) -> None:
-        """Bind to the running loop. Workers start when the first call needs them; the fork server comes up meanwhile.
-        """
+        """Bind to the running loop. Workers start when the first call needs them; the fork server comes up
+        meanwhile."""
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self.supply.prestart()
@@ -253,8 +253,8 @@ class ProcessExecutor(Hearing):
             self._loop.call_soon(self._finish, task, Outcome(task.call.id, OutcomeKind.CANCELLED, error=info))
 
     def _force(self, task: Task) -> None:
-        """Kill the worker as soon as it is seen to run `task`. One that has not begun will not begin: the page says so.
-        """
+        """Kill the worker as soon as it is seen to run `task`. One that has not begun will not begin: the page says
+        so."""
         lent = task.worker
         if lent is None or task.call.id not in self._tasks or self._loop is None or lent.handle.killed:
             return

@@ -93,8 +93,8 @@ class Sending(LaneState):
         return batch
 
     def _send_at_once(self, task: Task) -> bool:
-        """The most frequent case by the shortest way: a worker idles that knows the function, and nothing goes along.
-        """
+        """The most frequent case by the shortest way: a worker idles that knows the function, and nothing goes
+        along."""
         lent = self._idle[-1]
         handle, books = lent.handle, self.supply.books
         if (
@@ -201,8 +201,8 @@ class Sending(LaneState):
             self._loop.remove_writer(lent.handle.channel.fileno())
 
     def _take_back(self, lent: Lent) -> None:
-        """Read the frames the worker has not read; put their calls in front of the queue, and keep what else they held.
-        """
+        """Read the frames the worker has not read; put their calls in front of the queue, and keep what else they
+        held."""
         peer = lent.handle.peer
         if peer is None:
             return

@@ -63,8 +63,8 @@ class WorkerSupply:
         memfd: bool | None = None,
         auto_preload: bool = True,
     ) -> None:
-        """`preload` names modules to import before the first fork; `auto_preload` adds those of every shipped callable.
-        """
+        """`preload` names modules to import before the first fork; `auto_preload` adds those of every shipped
+        callable."""
         self.auto_preload = auto_preload
         self.max_workers = max_workers if max_workers is not None else usable_cores()
         if self.max_workers < 1:
@@ -414,8 +414,8 @@ class WorkerSupply:
     # ------------------------------------------------------------ lending
 
     def borrow(self, lane: Borrower) -> WorkerHandle | None:
-        """An idle worker, or a new one; None if all are lent (`lane.granted` is called later). Raises WorkerStartError.
-        """
+        """An idle worker, or a new one; None if all are lent (`lane.granted` is called later). Raises
+        WorkerStartError."""
         with self.lock:
             while self.idle:
                 worker = self.idle.pop()

@@ -46,9 +46,7 @@ _encode_error = msgspec.msgpack.Encoder().encode
 class LocalMemory:
     """The worker's arena as the codec sees it, and the blocks it lent to the running code."""
 
-    def __init__(
-        self, worker: Worker, number: int, page: StatusPage, memfd: bool | None, hard: int | None
-    ) -> None:
+    def __init__(self, worker: Worker, number: int, page: StatusPage, memfd: bool | None, hard: int | None) -> None:
         words = page.words
 
         def budget() -> int:

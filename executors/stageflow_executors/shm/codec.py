@@ -229,8 +229,8 @@ def _pickled(value: Any, memory: Memory, threshold: int) -> Result:
 def _laid_out_of_band(
     chunks: list[bytes], size: int, buffers: list[memoryview], outside: int, memory: Memory
 ) -> Result:
-    """The buffers, and the pickle if it is large too, side by side in one block; buffers that are already shared stay.
-    """
+    """The buffers, and the pickle if it is large too, side by side in one block; buffers that are already shared
+    stay."""
     blocks: list[Key] = []
     refs: list[Any] = []
     fresh: list[tuple[int, memoryview]] = []
@@ -306,8 +306,8 @@ def dump(value: Any) -> tuple[list[bytes], list[memoryview]]:
 
 
 def find_culprit(value: Any, name: str = "value") -> tuple[str, Any]:
-    """(path, object) of the innermost part of `value` that does not pickle. Bounded in depth and breadth; never raises.
-    """
+    """(path, object) of the innermost part of `value` that does not pickle. Bounded in depth and breadth; never
+    raises."""
     for _ in range(50):
         for step, part in _parts(value):
             if not _pickles(part):
