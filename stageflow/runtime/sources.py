@@ -43,10 +43,10 @@ def sized(value: Any) -> int:
     if isinstance(value, list | tuple | set | frozenset):
         if not value:
             return 56
-        sample = list(islice(value, 8))
+        sample = list(value[:: len(value) // 8 + 1] if isinstance(value, list | tuple) else islice(value, 8))
         return 56 + len(value) * (8 + sum(map(sized, sample)) // len(sample))
     if isinstance(value, dict):
-        sample = list(islice(value.items(), 8))
+        sample = list(islice(value.items(), 0, 4096, min(512, len(value) // 8 + 1)))  # the first are seldom typical
         return 64 + (len(value) * sum(sized(k) + sized(v) + 16 for k, v in sample) // len(sample) if sample else 0)
     kind = type(value)
     if kind in _PLAIN:

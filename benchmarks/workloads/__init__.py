@@ -1,0 +1,1 @@
+"""Whole jobs on real input, ours beside hand-written ones that give the identical result."""
