@@ -100,6 +100,15 @@ def thread_count() -> int:
         return 1
 
 
+def described(error: BaseException) -> str:
+    """The traceback as text. Formatting one imports modules, which can fail where imports fail: then only what was
+    raised."""
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception:
+        return f"{type(error).__name__}: {error}"
+
+
 class Server:
     """The one loop."""
 
@@ -168,7 +177,7 @@ class Server:
                 importlib.import_module(name)
             except BaseException as error:
                 if name in self.settings["own_modules"]:
-                    self.answer("broken", f"cannot import {name}: {traceback.format_exc()}")
+                    self.answer("broken", f"cannot import {name}: {described(error)}")
                 problems.append((name, f"{type(error).__name__}: {error}"))
             if thread_count() > before:
                 # A fork would copy locks those threads hold.
