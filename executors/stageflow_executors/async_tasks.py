@@ -196,7 +196,11 @@ class InlineExecutor(LocalLane):
                 if inspect.isawaitable(result):
                     inner = asyncio.ensure_future(_settled(result))
                     port.on_cancel(lambda inner=inner: inner.cancel())  # type: ignore[misc]
-                    settled = await inner
+                    try:
+                        settled = await inner
+                    finally:
+                        if inner.cancelled() and type(result) is CoroutineType:
+                            result.close()  # cancelled before its first step, it was never entered
                     if settled[1] is not None:
                         raise settled[1]
                     result = settled[0]

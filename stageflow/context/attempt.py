@@ -68,7 +68,11 @@ def instance_of(runner: Any) -> Any:
 
 
 class _KeptLoop:
-    """The event loop that a thread keeps for its coroutine stages; closed when the thread ends."""
+    """The event loop that a thread keeps for its coroutine stages; closed when the thread ends.
+
+    An error that outlives the thread keeps the loop alive through its traceback: the last reference may then be dropped
+    by a thread that is running a loop, where this one cannot be run to its end any more and is just closed.
+    """
 
     __slots__ = ("runner",)
 
@@ -77,7 +81,12 @@ class _KeptLoop:
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self.runner.close()
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self.runner.close()
+            else:
+                self.runner.get_loop().close()
 
 
 def run_coroutine(coroutine: Any, port: WorkerPort | None = None) -> Any:
