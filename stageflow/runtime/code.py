@@ -84,6 +84,7 @@ class GraphCode:
         "_direct",
         "_grace",
         "_outline",
+        "_readers",
         "_regions",
         "_resources",
         "_scope",
@@ -131,6 +132,7 @@ class GraphCode:
         self._codes: dict[int, StageCode] = {}
         self._direct: list[Any] = [self] * len(graph.specs)  # self: not looked at yet
         self._outline: dict[str, Any] | None = None
+        self._readers: dict[Any, int] | None = None
         self._shared: dict[int, tuple[Shipped | None, bool]] = {}
         self.empty = bytearray(len(graph.specs))  # 1: run by `direct`, and said to return None
         self.routes = any(spec.kind is StageKind.ROUTE for spec in graph.specs)
@@ -194,6 +196,17 @@ class GraphCode:
                 "edges": [[specs[dep].name, spec.name] for i, spec in enumerate(specs) for dep in graph.deps[i]],
             }
         return made
+
+    def readers(self, key: str) -> int:
+        """How many process stages take the input `key` as a parameter."""
+        readers = self._readers
+        if readers is None:
+            readers = self._readers = {}
+            for spec, lane in zip(self.graph.specs, self.lanes, strict=True):
+                if lane == "process":
+                    for name in {binding.ref for binding in spec.bindings if binding.source == "input"}:
+                        readers[name] = readers.get(name, 0) + 1
+        return readers.get(key, 0)
 
     def modules(self) -> tuple[str, ...]:
         """The modules that define the process stages, for preloading."""

@@ -294,6 +294,8 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             for key in [key for key in self.first_starts if key[0] == job.id]:
                 del self.first_starts[key]
         job.book.handles.clear()
+        job.book.shared.clear()
+        job.inputs_wire.clear()
         if job.cleanups:
             self.loop.create_task(self._after_cleanups(job, result))
         else:

@@ -47,6 +47,7 @@ class Job:
         "id",
         "identity",
         "index",
+        "inputs_wire",
         "listening",
         "parent",
         "parent_run_id",
@@ -106,6 +107,7 @@ class Job:
         self.pumps: dict[int, Any] = {}
         self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
         self.snapshot_wire: Any = None
+        self.inputs_wire: dict[Any, Any] = {}  # inputs encoded once for several process calls
         self.spill_file: Any = None
         self.token: CancellationToken | None = None
         self.trace: str | None = None  # the trace context it was started in ("" for none), while somebody traces

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -24,6 +24,9 @@ from stageflow.runtime.paths import of_segment
 from stageflow.runtime.running import DriverCounters, Running
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
+
+#: cross as they are; nothing is gained by keeping their encoded form
+_WORDS: Final = frozenset((type(None), bool, int, float, type(ABSENT)))
 
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
@@ -75,9 +78,16 @@ class Starting(DriverCounters):
         return tuple(failed), tuple(skipped)
 
     def _values(
-        self: Driver, job: Job, sources: tuple[int | str, ...], lane: str, executor: Executor | None
+        self: Driver,
+        job: Job,
+        sources: tuple[int | str, ...],
+        lane: str,
+        executor: Executor | None,
+        *,
+        many: bool = False,
     ) -> list[Any]:
-        """The values of a call's slots, in the form the lane takes them."""
+        """The values of a call's slots, in the form the lane takes them. `many`: other calls of the stage take them
+        too."""
         found: list[Any] = []
         if not sources:
             return found
@@ -86,7 +96,10 @@ class Starting(DriverCounters):
         crosses = lane == "process"
         for source in sources:
             if isinstance(source, str):
-                found.append(inputs.get(source, ABSENT))
+                value = inputs.get(source, ABSENT)
+                if crosses and (many or job.code.readers(source) > 1):
+                    value = _once(value, source, job.inputs_wire, executor)
+                found.append(value)
                 continue
             if book.graph.streams[source]:
                 found.append(book.sequence(source) if source not in book.ends or source in book.kept else ABSENT)
@@ -98,11 +111,10 @@ class Starting(DriverCounters):
                 found.append(book.value(source))
             elif book.encoded[source]:
                 found.append(value)
+            elif many or len(book.graph.dependents[source]) > 1:
+                found.append(_once(value, source, book.shared, executor))
             else:
-                shared = book.shared.get(source)
-                if shared is None and executor is not None and len(book.graph.dependents[source]) > 1:
-                    shared = book.shared[source] = executor.encode(value)
-                found.append(shared if shared is not None else value)
+                found.append(value)
         return found
 
     def _snapshot(self: Driver, job: Job, lane: str, executor: Executor) -> Any:
@@ -176,7 +188,7 @@ class Starting(DriverCounters):
         self.running[action.task] = running
         try:
             code = job.code.stage(action.stage) if action.region is None else job.code.region(action.stage)
-            commons = self._values(job, code.sources, lane, executor)
+            commons = self._values(job, code.sources, lane, executor, many=True)
             pieces, lists = self._pieces(job, action.segments, len(commons), lane)
             if job.code.nested and action.stage in job.code.nested and code.passes_snapshot:
                 pieces = tuple(
@@ -254,7 +266,7 @@ class Starting(DriverCounters):
             if action.job == "merge":
                 args = (None, *(handles[h].form(lane == "process") if h else ABSENT for h in action.accumulators))
             else:
-                commons = self._values(job, code.sources, lane, executor)
+                commons = self._values(job, code.sources, lane, executor, many=True)
                 if action.accumulators:
                     commons.append(handles[action.accumulators[0]].form(lane == "process"))
                 pieces, lists = self._pieces(job, action.segments, len(commons), lane)
@@ -307,3 +319,16 @@ class Starting(DriverCounters):
         outcome.started = started
         outcome.seconds = self.clock.monotonic() - started
         self._deliver_attempt(outcome)
+
+
+def _once(value: Any, key: Any, shared: dict[Any, Any], executor: Executor | None) -> Any:
+    """`value` in the encoded form that every call of the run gets; encoded when first asked for."""
+    if type(value) in _WORDS or executor is None:
+        return value
+    found = shared.get(key)
+    if found is None:
+        try:
+            found = shared[key] = executor.encode(value)
+        except Exception:
+            return value  # the call that takes it says what is wrong, and where
+    return found

@@ -159,3 +159,44 @@ def test_killing_the_engine_leaves_no_process_within_two_seconds(tmp_path):
     process.stderr.close()
     if before:
         assert {name for name in set(os.listdir("/dev/shm")) - before if "stageflow" in name} == set()
+
+
+def test_a_value_is_encoded_once_however_many_calls_take_it(tmp_path):
+    module = """
+    class Big:
+        encoded = 0
+        def __init__(self, number):
+            self.number = number
+        def __reduce__(self):
+            Big.encoded += 1
+            return Big, (self.number,)
+
+    def add(item, big):
+        return item + big.number
+    """
+    (tmp_path / "big_values.py").write_text(textwrap.dedent(module))
+    body = """
+    from big_values import Big, add
+
+    def taken(builder, name):
+        for n in range(3):
+            builder.stage(f"c{n}", eval(f"lambda {name}: {name}.number + {n}"), executor="process", fuse=False)
+        return builder.build()
+
+    async def before() -> Big:
+        return Big(2)
+
+    def run(graph, inputs, *names):
+        Big.encoded = 0
+        result = graph.run(inputs, processes=2)
+        result.raise_for_failure()
+        return [result.data(name) for name in names], Big.encoded
+
+    print(run(taken(PipelineBuilder("i", inputs={"big": Big}), "big"), {"big": Big(1)}, "c0", "c2"))
+    print(run(taken(PipelineBuilder("s").stage("before", before), "before"), {}, "c0", "c2"))
+    blocks = PipelineBuilder("m", inputs={"items": list, "big": Big})
+    blocks.map("added", add, over="items", executor="process", batch=None)
+    found, encoded = run(blocks.build(), {"items": list(range(300)), "big": Big(1)}, "added")
+    print(sum(found[0]), encoded)
+    """
+    assert output(script(tmp_path, body)).splitlines() == ["([1, 3], 1)", "([2, 4], 1)", "45150 1"]
