@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from stageflow.context.cancellation import CancellationToken
@@ -154,6 +155,20 @@ class StageContext:
         self._port.progress(done, total)
         if note is not None:
             self._port.note("event", {"type": "stage.progress", "data": {"done": done, "total": total, "note": note}})
+
+    @contextmanager
+    def waiting(self, reason: str) -> Iterator[None]:
+        """The attempt does nothing but wait inside: for a person, a lock, another system; `reason` is one word.
+
+        The time shows as waiting for `reason` wherever the run's waits are shown. It is part of the attempt: timeouts
+        run on.
+        """
+        began = time.monotonic()
+        self.emit("stage.waiting", {"reason": reason})
+        try:
+            yield
+        finally:
+            self.emit("stage.waited", {"reason": reason, "seconds": time.monotonic() - began})
 
     def emit(self, type: str, data: Mapping[str, Any] | None = None) -> None:
         """Send an event of this stage to the run's sinks. Never raises for a sink's sake."""

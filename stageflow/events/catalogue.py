@@ -195,6 +195,19 @@ class StageIdempotencyHit(EventData, frozen=True, kw_only=True):
     key: str = ""
 
 
+class StageWaiting(EventData, frozen=True, kw_only=True):
+    """An attempt waits for something outside (`ctx.waiting`); what it is in one word."""
+
+    reason: str = ""
+
+
+class StageWaited(EventData, frozen=True, kw_only=True):
+    """An attempt has what it waited for, or gave up."""
+
+    reason: str = ""
+    seconds: float = 0.0
+
+
 class StageProgress(EventData, frozen=True, kw_only=True):
     """What `ctx.progress` last said. At most a few per second and attempt reach the stream."""
 
@@ -453,6 +466,8 @@ CATALOGUE: Final[dict[str, type[EventData]]] = {
     names.STAGE_IDEMPOTENCY_HIT: StageIdempotencyHit,
     names.STAGE_BLOCKED_LOOP: BlockedLoop,
     names.STAGE_PROGRESS: StageProgress,
+    names.STAGE_WAITING: StageWaiting,
+    names.STAGE_WAITED: StageWaited,
     names.STAGE_LOG: StageLog,
     names.STAGE_PRINT: StagePrint,
     names.GUARD_RETRY_ATTEMPT: GuardRetry,

@@ -21,6 +21,8 @@ STAGE_PLACED: Final = "stage.placed"
 STAGE_IDEMPOTENCY_HIT: Final = "stage.idempotency_hit"
 STAGE_BLOCKED_LOOP: Final = "stage.blocked_loop"
 STAGE_PROGRESS: Final = "stage.progress"
+STAGE_WAITING: Final = "stage.waiting"
+STAGE_WAITED: Final = "stage.waited"
 STAGE_LOG: Final = "stage.log"
 STAGE_PRINT: Final = "stage.print"
 

@@ -74,6 +74,7 @@ class Instruments:
             names.STAGE_FAILED: self._ended,
             names.STAGE_CANCELLED: self._ended,
             names.STAGE_RETRYING: self._retrying,
+            names.STAGE_WAITED: self._waited,
             names.WORKER_STARTED: self._worker,
             names.WORKER_LOST: self._worker,
             names.WORKER_RECYCLED: self._worker,
@@ -200,6 +201,10 @@ class Instruments:
 
     def _retrying(self, event: Event) -> None:
         self.retries.add(1, self._where(event))
+
+    def _waited(self, event: Event) -> None:
+        reason = str(event.data.get("reason") or "other")
+        self.wait.record(event.data.get("seconds") or 0.0, {**self._where(event), "reason": reason})
 
     def _worker(self, event: Event) -> None:
         if event.type == names.WORKER_STARTED:

@@ -32,6 +32,8 @@ _APART: Final = frozenset(
     {names.RUN_STARTED, names.RUN_COMPLETED, names.RUN_FAILED, names.RUN_CANCELLED, names.WORKER_STARTED}
 )
 _MAX_LATE: Final = 65_536
+#: an attempt of a stage: the index path of its item, and its number
+_Attempt = tuple[tuple[int, ...] | None, int | None]
 #: rows of more stages than this (a tenth) are packed into a table: 80 bytes a stage
 _MAX_CELLS: Final = 327_680
 _WIDTH: Final = 10
@@ -41,7 +43,8 @@ class StageStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one stage did. Times are seconds; `busy_seconds` is spent inside the function, summed over attempts.
 
     `p50_seconds`, `p95_seconds` and `max_seconds` are per attempt (percentiles within 6.25 %; items of a block count
-    with its mean). `wait` maps a reason (slot, token, rate, bytes, memory, upstream, downstream, ...) to seconds.
+    with its mean). `wait` maps a reason (slot, token, rate, bytes, memory, upstream, downstream, ...) to seconds;
+    what an attempt says it waits for (`ctx.waiting`: approval, ...) is part of `busy_seconds` as well.
     """
 
     stage: str
@@ -123,6 +126,7 @@ class StageTally:
         "emitted",
         "ended_ns",
         "failed",
+        "held",
         "histogram",
         "items_out",
         "lane",
@@ -159,6 +163,8 @@ class StageTally:
         self.bytes_out = 0
         self.streaming = False
         self.wait: dict[str, float] | None = None
+        #: reason -> (since when, the attempts that wait for it)
+        self.held: dict[str, tuple[int, set[_Attempt]]] | None = None
         self.histogram: Histogram | None = None
         self.pids: dict[int, None] | None = None
         self.progress: tuple[float, float | None, str] | None = None
@@ -203,12 +209,40 @@ class StageTally:
             self.wall_seconds += duration / 1000.0
         elif self.started_ns:
             self.wall_seconds += max(0, event.time_unix_ns - self.started_ns) / 1e9
-        wait = data.get("wait")
-        if wait:
-            if self.wait is None:
-                self.wait = {}
-            for reason, seconds in wait.items():
-                self.wait[reason] = self.wait.get(reason, 0.0) + seconds
+        for reason, seconds in (data.get("wait") or {}).items():
+            self._waited(reason, seconds)
+        for reason, (since, _) in (self.held or {}).items():
+            self._waited(reason, max(0, event.time_unix_ns - since) / 1e9)
+        self.held = None
+
+    def _waited(self, reason: str, seconds: float) -> None:
+        if self.wait is None:
+            self.wait = {}
+        self.wait[reason] = self.wait.get(reason, 0.0) + seconds
+
+    def wait_begins(self, reason: str, attempt: _Attempt, now_ns: int) -> None:
+        """An attempt waits for something outside."""
+        if self.held is None:
+            self.held = {}
+        self.held.setdefault(reason, (now_ns, set()))[1].add(attempt)
+
+    def wait_ends(self, reason: str, attempt: _Attempt, now_ns: int) -> None:
+        """It waits no more: the stage has waited while at least one of its attempts did."""
+        since, attempts = (self.held or {}).get(reason, (now_ns, set()))
+        if attempt not in attempts:
+            return
+        attempts.discard(attempt)
+        if not attempts and self.held is not None:
+            del self.held[reason]
+            self._waited(reason, max(0, now_ns - since) / 1e9)
+
+    def waits_at(self, now_ns: int) -> dict[str, float]:
+        """Seconds waited by reason, those still being waited included (to `now_ns`, where it is given)."""
+        found = dict(self.wait or {})
+        if now_ns:
+            for reason, (since, _) in (self.held or {}).items():
+                found[reason] = found.get(reason, 0.0) + max(0, now_ns - since) / 1e9
+        return found
 
     def wall_at(self, now_ns: int) -> float:
         """Seconds from the start to the end, or to `now_ns` (Unix) while it runs."""
@@ -280,6 +314,8 @@ class StatsFold:
             names.STAGE_CANCELLED: self._cancelled,
             names.STAGE_RETRYING: self._retrying,
             names.STAGE_PROGRESS: self._progress,
+            names.STAGE_WAITING: self._waiting,
+            names.STAGE_WAITED: self._waited,
             names.STAGE_PLACED: self._placed,
             names.RUN_STARTED: self._run_started,
             names.RUN_COMPLETED: self._run_ended,
@@ -493,6 +529,16 @@ class StatsFold:
         tally = self._tally(event.stage or "")
         tally.retried += 1
         tally.attempts_ended += 1
+        for reason in tuple(tally.held or ()):  # its worker may have died while it waited
+            tally.wait_ends(reason, (event.item, event.attempt), event.time_unix_ns)
+
+    def _waiting(self, event: Event) -> None:
+        reason = str(event.data.get("reason") or "other")
+        self._tally(event.stage or "").wait_begins(reason, (event.item, event.attempt), event.time_unix_ns)
+
+    def _waited(self, event: Event) -> None:
+        reason = str(event.data.get("reason") or "other")
+        self._tally(event.stage or "").wait_ends(reason, (event.item, event.attempt), event.time_unix_ns)
 
     def _progress(self, event: Event) -> None:
         data = event.data
@@ -585,7 +631,7 @@ class StatsFold:
             queued_seconds=tally.queued_seconds,
             bytes_in=tally.bytes_in,
             bytes_out=tally.bytes_out,
-            wait=dict(tally.wait) if tally.wait else {},
+            wait=tally.waits_at(now_ns),
             p50_seconds=histogram.quantile(0.5) if histogram else 0.0,
             p95_seconds=histogram.quantile(0.95) if histogram else 0.0,
             max_seconds=histogram.maximum if histogram else 0.0,

@@ -110,6 +110,8 @@ class TraceSink:
             names.WORKER_RECYCLED: self._worker,
             names.BACKPRESSURE_ENTERED: self._pressure,
             names.BACKPRESSURE_LEFT: self._pressure,
+            names.STAGE_WAITING: self._waits,
+            names.STAGE_WAITED: self._waits,
             names.ENGINE_SAMPLE: self._sample,
             names.SPANS_RECORDED: self._spans,
         }
@@ -295,6 +297,13 @@ class TraceSink:
         ph = "b" if event.type == names.BACKPRESSURE_ENTERED else "e"
         name = f"waiting for {reason}"
         self._out(ph, name, event.time_unix_ns, ENGINE, 1, cat="backpressure", id=f"bp-{reason}-{event.stage}")
+
+    def _waits(self, event: Event) -> None:
+        reason = as_text(event.data.get("reason") or "other")
+        ph = "b" if event.type == names.STAGE_WAITING else "e"
+        item = ".".join(map(str, event.item or ()))
+        key = f"wait-{event.run_id}-{event.stage}-{item}-{event.attempt}-{reason}"
+        self._out(ph, f"{event.stage} waits for {reason}", event.time_unix_ns, ENGINE, 1, cat="wait", id=key)
 
     def _sample(self, event: Event) -> None:
         data = event.data

@@ -67,6 +67,9 @@ def verdict(stats: Mapping[str, StageStats], totals: RunStats, workers: int = 0)
         )
         return text + (f", and {held[0].stage} waited {_share(held[0], 'downstream', wall)} for it." if held else ".")
     reason, waited = _longest_wait(busiest)
+    if waited > 0.3 * wall and (reason == "approval" or reason not in _FOR):  # it said so itself: that was no work
+        why = _FOR.get(reason, reason)
+        return f"{busiest.stage} is the bottleneck: it waited {percent(min(1.0, waited / wall))} of the run for {why}."
     if waited > 0.3 * wall and reason not in ("upstream", "downstream"):
         return (
             f"{busiest.stage} is the bottleneck: it was busy for {duration(busiest.busy_seconds)} and waited"

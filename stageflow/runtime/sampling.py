@@ -34,6 +34,7 @@ _LIMITS: Final = {
     "rate": "its rate limit",
     "memory": "memory",
 }
+_OUTSIDE: Final = {"approval": "an approval"}
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -141,6 +142,11 @@ def readings(machine: Machine, run: Run, job: Job) -> dict[str, Any]:
                     waiting.setdefault(name, f"a free slot of lane {lane.name}")
     for number, why in parked.items():
         waiting[specs[number].name] = why
+    for name, tally in job.stats.tallies.items():
+        if tally.held:  # its attempts said so (`ctx.waiting`)
+            reason, (_, attempts) = next(iter(tally.held.items()))
+            if len(attempts) >= running.get(name, 0):
+                waiting[name] = _OUTSIDE.get(reason, reason)
     return {"queued": queued, "running": running, "waiting": waiting, "totals": totals}
 
 

@@ -79,7 +79,8 @@ class ApprovalStage:
             },
         )
         try:
-            ended = await self.approvals.wait(asked.id)
+            with ctx.waiting("approval"):
+                ended = await self.approvals.wait(asked.id)
         except asyncio.CancelledError:
             if not self.approvals.durable:
                 self.approvals.cancel(asked.id, reason="the run was cancelled")

@@ -6,6 +6,7 @@ Every call that is announced by `tool.invoked` ends in exactly one of `tool.comp
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import logging
@@ -233,8 +234,10 @@ class ToolExecutor:
             stage=getattr(ctx, "stage_name", None),
         )
         tell("approval.requested", message=asked.message, request_id=asked.id, expires_at=asked.expires_at)
+        waiting = getattr(ctx, "waiting", None)
         try:
-            ended = await self.approvals.wait(asked.id)
+            with waiting("approval") if waiting is not None else contextlib.nullcontext():
+                ended = await self.approvals.wait(asked.id)
         except asyncio.CancelledError:
             self.approvals.cancel(asked.id, reason="the caller does not wait any more")
             raise

@@ -112,6 +112,26 @@ def test_a_running_stage_has_wall_time_so_far() -> None:
     assert made.stats_of("a").status == "running"
 
 
+def test_what_an_attempt_says_it_waits_for_is_counted_once_however_many_wait() -> None:
+    def told(type_: str, at: int, item: int, attempt: int = 1) -> Event:
+        return Event(type_, at * 10**9, at, "r", "a", (item,), attempt, "async", {"reason": "approval"})
+
+    made = fold([told("stage.waiting", 1, 0), told("stage.waiting", 2, 1), told("stage.waited", 4, 0)])
+    assert made.stats_of("a", now_ns=6 * 10**9).wait == {"approval": 5.0}, "so far, while one still waits"
+    assert made.stats_of("a").wait == {}
+    made.add(told("stage.waited", 7, 1))
+    made.add(told("stage.waited", 8, 1))  # said twice
+    assert made.stats_of("a").wait == {"approval": 6.0}
+    made.add(told("stage.waiting", 10, 2))
+    made.add(told("stage.retrying", 11, 2))  # its worker died: nobody says that it has waited
+    made.add(told("stage.waiting", 20, 2, attempt=2))
+    end = Event(
+        "stage.completed", 22 * 10**9, 22, "r", "a", None, None, "async", {"items_in": 3, "wait": {"slot": 1.0}}
+    )
+    made.add(end)  # nor here
+    assert made.stats_of("a").wait == {"approval": 9.0, "slot": 1.0}
+
+
 def test_an_event_that_lacks_everything_is_no_problem() -> None:
     made = StatsFold()
     for type_ in (
@@ -122,13 +142,15 @@ def test_an_event_that_lacks_everything_is_no_problem() -> None:
         "stage.retrying",
         "run.failed",
         "stage.progress",
+        "stage.waiting",
+        "stage.waited",
         "stage.placed",
         "worker.lost",
         "backpressure.left",
         "mine",
     ):
         made.add(Event(type_, 0, 0))
-    assert made.events == 11
+    assert made.events == 13
     assert made.totals().status == "failed"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -73,6 +74,12 @@ class BareContext:
         self.run_id = run_id
         self.item = item
         self.emit = Emitted()
+        self.waits: list[str] = []
+
+    @contextmanager
+    def waiting(self, reason: str) -> Iterator[None]:
+        self.waits.append(reason)
+        yield
 
 
 @pytest.fixture

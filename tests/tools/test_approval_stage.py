@@ -125,6 +125,7 @@ async def test_a_cancelled_run_withdraws_unless_the_service_is_durable(
 
 WAITER = """
 import asyncio, sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.tools.approval_sqlite import SQLiteApprovals
@@ -135,7 +136,8 @@ def emit(type, data):
         print(data["request_id"], flush=True)
 
 ctx = SimpleNamespace(
-    inputs={"n": 1}, snapshot=ContextSnapshot(), run_id="run-1", stage_name="gate", item=None, emit=emit
+    inputs={"n": 1}, snapshot=ContextSnapshot(), run_id="run-1", stage_name="gate", item=None, emit=emit,
+    waiting=lambda reason: nullcontext(),
 )
 stage = ApprovalStage(SQLiteApprovals(sys.argv[1], poll_interval=0.02), "why", timeout=None)
 output = asyncio.run(stage.execute(ctx))

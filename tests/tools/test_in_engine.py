@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from stageflow import (
     StageGraph,
     StageStatus,
 )
+from stageflow.observability.stats import RunStats
+from stageflow.report.advice import verdict
 from stageflow.tools import (
     ApprovalRequest,
     ApprovalService,
@@ -90,6 +93,97 @@ async def test_it_waits_on_the_loop_and_the_rest_goes_on() -> None:
 def graph_of_thread_work() -> StageGraph:
     return (
         PipelineBuilder("threads").stage("plan", plan, executor="thread").stage("act", act, executor="thread").build()
+    )
+
+
+class Kept:
+    """A sink that keeps the events and says when one of a type has come."""
+
+    def __init__(self, until: str) -> None:
+        self.events: list[Any] = []
+        self.until = until
+        self.came = asyncio.Event()
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+        if event.type == self.until:
+            self.came.set()
+
+
+async def test_the_time_it_waits_is_accounted_to_the_approval() -> None:
+    approvals = InMemoryApprovals()
+    sink = Kept("engine.sample")
+    run = await start(graph_with(approvals), event_sinks=[sink])
+    (request,) = await asked(approvals)
+    await sink.came.wait()
+    approvals.approve(request.id)
+    result = await run
+    sample = next(event for event in sink.events if event.type == "engine.sample")
+    assert sample.data["waiting"]["approve"] == "an approval", "while it waits, the live view says for what"
+    stats = result.stats["approve"]
+    assert 0.5 < stats.wait["approval"] <= stats.busy_seconds
+    assert stats.wait["approval"] > 0.9 * stats.busy_seconds
+    assert result.stats["act"].wait == {}
+    assert verdict(result.stats, RunStats(wall_seconds=result.duration_ms / 1000.0)).endswith("for an approval.")
+
+
+async def test_items_that_wait_at_once_are_one_wait_of_their_stage() -> None:
+    approvals = InMemoryApprovals()
+    graph = (
+        PipelineBuilder("items", inputs={"numbers": list})
+        .map("approve", ApprovalStage(approvals, "each"), "numbers", concurrency=8)
+        .build()
+    )
+    sink = Kept("stage.waiting")
+    run = asyncio.create_task(graph.execute(inputs={"numbers": [1, 2, 3, 4]}, event_sinks=[sink]))
+    requests = await asked(approvals, 4)
+    for request in requests:
+        await asyncio.sleep(0.02)
+        approvals.approve(request.id)
+    result = await run
+    result.raise_for_failure()
+    begun = [event.time_unix_ns for event in sink.events if event.type == "stage.waiting"]
+    ended = [event.time_unix_ns for event in sink.events if event.type == "stage.waited"]
+    assert (len(begun), len(ended)) == (4, 4)
+    assert result.stats["approve"].wait["approval"] == pytest.approx((max(ended) - min(begun)) / 1e9)
+
+
+async def test_a_tool_that_waits_for_its_approval_says_so_too() -> None:
+    registry, approvals = ToolRegistry(), InMemoryApprovals()
+
+    @tool("drop", registry=registry, requires_approval=True)
+    def drop(call: ToolInput) -> int:
+        return 1
+
+    executor = ToolExecutor(registry, approvals)
+
+    async def use(ctx: StageContext) -> Any:
+        return (await executor.execute(ToolInput(tool_name="drop", payload={}), ctx=ctx)).data
+
+    run = await start(PipelineBuilder("tools").stage("use", use).build())
+    approvals.approve((await asked(approvals))[0].id)
+    result = await run
+    assert result.data("use") == 1
+    assert result.stats["use"].wait["approval"] > 0
+
+
+def queue_up(x: int, ctx: StageContext) -> int:
+    with ctx.waiting("licence"):
+        time.sleep(0.02)
+    return x
+
+
+@pytest.mark.parametrize("lane", ["inline", "thread", "process"])
+async def test_any_stage_in_any_lane_may_say_what_it_waits_for(lane: str) -> None:
+    graph = PipelineBuilder("words", inputs={"xs": list}).map("queue_up", queue_up, "xs", executor=lane).build()
+    result = await graph.execute(inputs={"xs": [1, 2, 3]})
+    result.raise_for_failure()
+    stats = result.stats["queue_up"]
+    assert 0.015 < stats.wait["licence"] <= stats.wall_seconds
+    said = verdict(result.stats, RunStats(wall_seconds=stats.wait["licence"]))
+    assert said.startswith("queue_up is the bottleneck: it waited 100 %") or "too short" in said
+    assert verdict({"queue_up": stats}, RunStats(wall_seconds=1.0)).count("licence") == 0, (
+        "a sixteenth is no bottleneck"
     )
 
 
