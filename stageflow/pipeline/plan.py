@@ -12,7 +12,7 @@ import msgspec
 from stageflow.core.kinds import FailureMode, StageKind
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.placement import BIG_SHIPMENT, place, shipped_bytes
-from stageflow.pipeline.policies import Rate
+from stageflow.pipeline.policies import SOURCE_AHEAD, Rate
 from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.signatures import annotations_of
 from stageflow.pipeline.spec import Binding, Role, StageSpec
@@ -274,6 +274,11 @@ def _bounds(graph: StageGraph, config: Any) -> list[str]:
     shown = f"{limit:.0%} of the machine or container" if isinstance(limit, float) else f"{limit}"
     processes = _setting(config, "processes")
     lines = [f"live values: at most the larger of {shown} and the largest chain of one element"]
+    if any(spec.role is Role.SOURCE for spec in graph.specs):
+        lines.append(
+            f"sources: at most {SOURCE_AHEAD:,} elements ahead of the slowest reader, and none while live values and "
+            "what running work will add take half of that"
+        )
     unbounded = [
         f"{graph.specs[j].name} -> {graph.specs[i].name}"
         for i, whole in graph.barriers.items()

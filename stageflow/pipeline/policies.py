@@ -445,6 +445,9 @@ POLICY_NAMES: Final = frozenset(Policies.__struct_fields__)
 #: what a stage without policies has: one object, however many stages
 DEFAULT_POLICIES: Final = Policies()
 
+#: elements that a source is asked for at once, and that may wait unread behind it
+SOURCE_AHEAD: Final = 8192
+
 
 class PolicyPool:
     """Makes `Policies` from keywords and hands out one object for equal ones."""

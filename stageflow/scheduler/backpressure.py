@@ -21,7 +21,7 @@ SOURCE_SHARE: Final = 0.5
 SPILL_SHARE: Final = 0.5
 #: a source whose items were never seen is asked for so many bytes at most (of the limit: one eighth)
 FIRST_SHARE: Final = 0.125
-#: input bytes of one block: more would only keep them live for longer
+#: bytes that one block takes in or gives: more would only keep them live for longer, and be promised all at once
 BLOCK_BYTES: Final = 1 << 20
 
 

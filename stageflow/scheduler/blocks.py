@@ -136,7 +136,8 @@ class BlockRules:
             segment = stream.pop()
             if not plain:
                 return [segment]
-            each = sum(chunk.each for chunk, _ in segment.columns)
+            # what comes out of a small element may be large: that counts as well
+            each = max(sum(chunk.each for chunk, _ in segment.columns), stream.avg_bytes)
             if each > 0:
                 size = max(1, min(size, int((BLOCK_BYTES - heavy) / each)))
             part, rest = segment.split_at(size)
@@ -144,7 +145,7 @@ class BlockRules:
                 stream.push(rest)
             segments.append(part)
             size -= part.count()
-            heavy += part.nbytes()
+            heavy += part.count() * each
             if heavy > BLOCK_BYTES:
                 break
             if not stream.can_block and not chained:

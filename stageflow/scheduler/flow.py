@@ -14,9 +14,10 @@ Part of `Machine`; see there for what this may not import.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from stageflow.core.output import ErrorInfo
+from stageflow.pipeline.policies import SOURCE_AHEAD
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
 
 _S = StageState
-MOST_PULLED: Final = 8192  # items a source may be asked for at once
 
 
 class FlowRules:
@@ -130,7 +130,7 @@ class FlowRules:
         if not readers:
             wanted = source.window
         else:
-            wanted = MOST_PULLED
+            wanted = SOURCE_AHEAD
             for reader in readers:
                 if reader is not source and is_gone(reader):
                     continue
@@ -194,7 +194,9 @@ class FlowRules:
             self.promised -= brought
             if stream.granted <= 0 or signal.enough:
                 self._pull_over(run, stream)
-                stream.window = min(MOST_PULLED, stream.window * 2)
+                if not stream.is_source or any(not reader.ready_count for reader in stream.readers):
+                    # a reader ran dry before this came: only then it is worth while for a source to be further ahead
+                    stream.window = min(SOURCE_AHEAD, stream.window * 2)
         if run.ending is not None:
             self._out.append(act.Release(run.id, (signal.handle,)))
             return

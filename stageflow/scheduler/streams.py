@@ -503,7 +503,7 @@ class Stream:
             return 1
         waiting = self.ready_count
         if self.measured == 0:
-            return max(1, min(64, most, waiting // max(1, 2 * slots)))
+            return 1  # neither its time nor its bytes are known: whole blocks of large results would break the budget
         wanted = int(BLOCK_SECONDS / self.avg_seconds) if self.avg_seconds > 0 else most
         wanted = max(1, min(wanted, most))
         if self.in_total >= 0 and self.arrived >= self.in_total:
