@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
+import msgspec
+
 from stageflow.core.executor import Reply
 from stageflow.core.failure import capture
 from stageflow.core.output import ErrorInfo
@@ -20,8 +22,29 @@ SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
 
 _WORDS: Final = frozenset((type(None), bool, int, float))
 
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
 #: an item: a tuple of exact scalars, or the pickle of (args, kwargs), so that no two items share an object
 Item = tuple[Any, ...] | bytes
+
+
+def together(parts: list[Any]) -> list[Any] | bytes:
+    """Items, or results that are no errors, as one message; as they are where only a pickle keeps them (a large number,
+    half a surrogate pair).
+    """
+    try:
+        return _encode(parts)
+    except (TypeError, ValueError, OverflowError):
+        return parts
+
+
+def apart(parts: list[Any] | bytes) -> list[Any]:
+    """What `together` was given; tuples have become lists."""
+    if isinstance(parts, bytes):
+        found: list[Any] = _decode(parts)
+        return found
+    return parts
 
 
 class Chunk:
@@ -36,16 +59,18 @@ class Chunk:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def __call__(self, port: Any, items: list[Item]) -> Generator[Reply, None, Reply]:
+    def __call__(self, port: Any, packed: list[Item] | bytes) -> Generator[Reply, None, Reply]:
         """The generator of parts; the last one is its return value."""
-        function = self.function
-        progress, clock = port.progress, time.monotonic_ns
+        items = apart(packed)
+        function, clock = self.function, time.monotonic_ns
         results: list[Any] = []
-        first = 0
-        total = float(len(items))
+        whole = True  # no result is an error
+        first, last = 0, len(items) - 1
+        port.progress(0.0, last + 1.0)
+        at = port.progress_words()
         due = clock() + REPORT_NS
         for index, item in enumerate(items):
-            progress(float(index), total)
+            at[0] = index
             try:
                 if type(item) is bytes:
                     args, kwargs = pickle.loads(item)
@@ -54,27 +79,29 @@ class Chunk:
                     value = function(*item)
             except BaseException as error:
                 results.append(capture(error, lane="process", worker_pid=port.worker_pid, skip_frames=1))
+                whole = False
                 error.__traceback__ = None
                 continue
-            if type(value) in SCALARS and (type(value) not in (str, bytes) or len(value) < LARGE):
+            kind = type(value)
+            if kind in _WORDS or (kind in SCALARS and len(value) < LARGE):
                 results.append((value,))
             else:
                 small = _small_pickle(value)
                 if small is None:
                     if results:
-                        yield Reply(results, meta=first)
-                        results = []
+                        yield Reply(together(results) if whole else results, meta=first)
+                        results, whole = [], True
                     yield Reply(value, meta=-1 - index)
                     first = index + 1
                     value = None
                     continue
                 results.append(small)
             value = None
-            if clock() > due and index + 1 < len(items):
-                yield Reply(results, meta=first)
-                results, first = [], index + 1
+            if clock() > due and index < last:
+                yield Reply(together(results) if whole else results, meta=first)
+                results, first, whole = [], index + 1, True
                 due = clock() + REPORT_NS
-        return Reply(results, meta=first)
+        return Reply(together(results) if whole else results, meta=first)
 
 
 def _small_pickle(value: Any) -> bytes | None:
@@ -92,7 +119,7 @@ def _small_pickle(value: Any) -> bytes | None:
 def read(result: Any) -> tuple[bool, Any]:
     """(succeeded, value or ErrorInfo) of one result."""
     kind = type(result)
-    if kind is tuple:
+    if kind is list or kind is tuple:
         return True, result[0]
     if kind is bytes:
         return True, pickle.loads(result)

@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import itertools
 import multiprocessing.process
+import operator
 import os
 import pickle
 import queue
@@ -28,11 +29,13 @@ from concurrent.futures.process import BrokenProcessPool
 from concurrent.futures.thread import BrokenThreadPool
 from typing import Any, Final
 
+import msgspec
+
 from stageflow.core.errors import LaneClosedError, NotShippableError, WorkerDiedError
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
 from stageflow.core.failure import revive
 from stageflow.core.output import ErrorInfo
-from stageflow_executors import chunks
+from stageflow_executors import chunks, light
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.supply import WorkerSupply
@@ -41,6 +44,8 @@ MAX_CHUNK: Final = 512
 CHUNK_SECONDS: Final = 0.001
 LEAST_SECONDS: Final = 0.0001  #: work worth a hand-off of its own while another short chunk is under way
 Future = concurrent.futures.Future
+_ONES: Final = {list}  #: the types of results that are exact scalars throughout
+_of_one: Final = operator.itemgetter(0)
 
 
 class LostWorkerError(WorkerDiedError, BrokenProcessPool):
@@ -76,73 +81,18 @@ def _is_bound(fn: Any) -> bool:
     return not isinstance(fn, type | types.FunctionType)
 
 
-class _Condition:
-    """A `threading.Condition` that is made when somebody waits. Of thousands of futures few are ever waited for, and
-    the eight objects of each were what the garbage collector spent its time on.
-    """
-
-    __slots__ = ("_lock", "_real")
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._real: threading.Condition | None = None
-
-    def __enter__(self) -> bool:
-        return self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """The lock's."""
-        return self._lock.acquire(blocking, timeout)
-
-    def release(self) -> None:
-        """The lock's."""
-        self._lock.release()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """As the standard's; the lock is held."""
-        if self._real is None:
-            self._real = threading.Condition(self._lock)
-        return self._real.wait(timeout)
-
-    def notify_all(self) -> None:
-        """As the standard's; the lock is held."""
-        if self._real is not None:
-            self._real.notify_all()
-
-
-class _LightFuture(concurrent.futures.Future[Any]):
-    """The standard's future with fewer parts."""
-
-    def __init__(self) -> None:
-        self._condition = _Condition()  # type: ignore[assignment]
-        self._state = "PENDING"
-        self._result = None
-        self._exception = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Any] = []
-
-
 # A standard library that gives its futures other parts gets its own.
-if vars(_LightFuture()).keys() != vars(Future()).keys():
-    _LightFuture = Future  # type: ignore[assignment,misc]
+_new_future: Final[Callable[[], Future[Any]]] = light.LightFuture if light.FITS else Future
 
 
-class _Work:
+class _Work(msgspec.Struct, eq=False, gc=False):
     """One submitted call."""
 
-    __slots__ = ("args", "fn", "future", "item", "kwargs")
-
-    def __init__(
-        self, future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.future = future
-        self.fn = fn
-        self.args = args
-        self.kwargs = kwargs
-        self.item: chunks.Item | None = None
+    future: Future[Any]
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    item: chunks.Item | None = None
 
 
 class _Function:
@@ -156,6 +106,10 @@ class _Function:
         self.chunked = Shipped(chunks.Chunk(fn), label=label)
         self.plain = Shipped(Plain(fn), label=label)
         self.seconds: float | None = None
+
+    def learn(self, seconds: float) -> None:
+        """A call took so long."""
+        self.seconds = seconds if self.seconds is None else self.seconds * 0.7 + seconds * 0.3
 
 
 def _resolve(future: Future[Any], info: ErrorInfo) -> None:
@@ -281,7 +235,7 @@ class ProcessPoolExecutor(_Mapping):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run `fn(*args, **kwargs)` in a worker."""
-        future: Future[Any] = _LightFuture()
+        future = _new_future()
         if type(fn) is not types.FunctionType and _is_bound(fn):
             args, fn = (fn, *args), _invoke
         with self._lock:
@@ -395,13 +349,16 @@ class ProcessPoolExecutor(_Mapping):
 
     def _begin(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
         self._running += 1
-        work.item = chunks.pack(work.args, work.kwargs) if work.fn is not _invoke else None
+        seconds = function.seconds
+        if not self._waiting or seconds is None or work.fn is _invoke:
+            self._start_one(lane, function, work)
+            return
+        work.item = chunks.pack(work.args, work.kwargs)
         if work.item is None:
             self._start_one(lane, function, work)
             return
         batch = [work]
-        seconds = function.seconds
-        if seconds is not None and self._supply.max_tasks_per_child is None:
+        if self._supply.max_tasks_per_child is None:
             each = max(seconds, 1e-7)
             waiting = len(self._waiting)
             share = max(waiting // (2 * lane.slots) + 1, min(int(LEAST_SECONDS / each), waiting // 2))
@@ -415,19 +372,24 @@ class ProcessPoolExecutor(_Mapping):
                     break
                 other.item = item
                 batch.append(other)
-        short = seconds is not None and seconds * len(batch) < 0.005
-        call = Call(next(self._ids), function.chunked, ([w.item for w in batch],), short=short)
+        short = seconds * len(batch) < 0.005
+        items = chunks.together([w.item for w in batch])
+        call = Call(next(self._ids), function.chunked, (items,), short=short)
         self._short += short
         lane.start(call, lambda outcome: self._chunk_ended(function, batch, outcome, short))
 
     def _start_one(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
-        call = Call(next(self._ids), function.plain, (work.kwargs or None, *work.args))
-        lane.start(call, lambda outcome: self._one_ended(work, outcome))
+        short = function.seconds is not None and function.seconds < 0.005
+        call = Call(next(self._ids), function.plain, (work.kwargs or None, *work.args), short=short)
+        self._short += short
+        lane.start(call, lambda outcome: self._one_ended(function, work, outcome, short))
 
-    def _one_ended(self, work: _Work, outcome: Outcome) -> None:
+    def _one_ended(self, function: _Function, work: _Work, outcome: Outcome, short: bool) -> None:
+        self._short -= short
         self._running -= 1
         if outcome.kind is OutcomeKind.OK:
             self._set_payload(work.future, outcome.value)
+            function.learn(outcome.seconds)
         elif outcome.error is None:
             work.future.set_exception(LaneClosedError("the executor was closed before the call could finish"))
         else:
@@ -452,8 +414,7 @@ class ProcessPoolExecutor(_Mapping):
             else:
                 self._set_results(batch, first, outcome.value)
             if outcome.final:
-                each = outcome.seconds / len(batch)
-                function.seconds = each if function.seconds is None else function.seconds * 0.7 + each * 0.3
+                function.learn(outcome.seconds / len(batch))
         elif outcome.kind is OutcomeKind.LOST and outcome.suspect:
             # Results that were done but not yet told died with the worker: those calls run again, as those behind them.
             running = min(int(outcome.meta["progress"][0]), len(batch) - 1) if outcome.meta else 0
@@ -486,12 +447,12 @@ class ProcessPoolExecutor(_Mapping):
 
     @staticmethod
     def _set_results(batch: list[_Work], first: int, payload: Any) -> None:
-        results = payload.load() if payload is not None else ()
+        results = chunks.apart(payload.load()) if payload is not None else ()
+        if results and set(map(type, results)) == _ONES:
+            light.set_results([work.future for work in batch[first : first + len(results)]], map(_of_one, results))
+            return
         for index, result in enumerate(results, first):
             future = batch[index].future
-            if type(result) is tuple:
-                future.set_result(result[0])
-                continue
             try:
                 succeeded, value = chunks.read(result)
             except BaseException as error:

@@ -59,6 +59,11 @@ class ProcessPort:
             self._page.doubles[status.TOTAL] = total
             self._page.doubles[status.DONE] = done
 
+    def progress_words(self) -> memoryview[float]:
+        """(done, total) on the status page, for whoever tells of each of many steps and closes before the call
+        does."""
+        return self._page.doubles[status.DONE : status.TOTAL + 1]
+
     def note(self, kind: str, data: Any) -> None:
         """Send at once: what is said must be heard also if the worker dies in the next moment."""
         self._worker.post([ch.NOTE, self.call_id, kind, data])
