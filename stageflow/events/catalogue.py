@@ -96,7 +96,8 @@ class StageAttempt(EventData, frozen=True, kw_only=True):
 
 
 class StageItems(EventData, frozen=True, kw_only=True):
-    """Items `lo` to `hi` (exclusive) of a stream stage ended; `emitted` is what left if that is not `ok`."""
+    """Items `lo` to `hi` (exclusive) of a stream stage ended; `emitted` is what left if that is not `ok`. `cancelled`
+    items came in and were not finished: the stage or the run was over."""
 
     lo: int = 0
     hi: int = 0
@@ -106,6 +107,7 @@ class StageItems(EventData, frozen=True, kw_only=True):
     ok: int = 0
     dropped: int = 0
     failed: int = 0
+    cancelled: int = 0
     emitted: int | None = None
     seconds: float = 0.0
     max_seconds: float | None = None
@@ -136,6 +138,7 @@ class StageCompleted(EventData, frozen=True, kw_only=True):
     items_out: int | None = None
     dropped: int | None = None
     failed: int | None = None
+    cancelled: int | None = None
     emitted: int | None = None
 
 
@@ -166,10 +169,17 @@ class StageSkipped(EventData, frozen=True, kw_only=True):
 
 
 class StageCancelled(EventData, frozen=True, kw_only=True):
-    """A stage was stopped, or asked the pipeline to stop."""
+    """A stage was stopped, or asked the pipeline to stop. Stream stages have the item counts."""
 
     reason: str = ""
     duration_ms: float = 0.0
+    wait: Wait = {}
+    items_in: int | None = None
+    items_out: int | None = None
+    dropped: int | None = None
+    failed: int | None = None
+    cancelled: int | None = None
+    emitted: int | None = None
 
 
 class StageRetrying(EventData, frozen=True, kw_only=True):

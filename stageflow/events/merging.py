@@ -75,6 +75,8 @@ def _merged(group: list[Event]) -> Event:
         data.pop("ranges", None)
     for name in _SUMS:
         data[name] = sum(event.data.get(name) or 0 for event in group)
+    if stopped := sum(event.data.get("cancelled") or 0 for event in group):
+        data["cancelled"] = stopped
     if any(event.data.get("emitted") is not None for event in group):
         data["emitted"] = sum(
             event.data["emitted"] if event.data.get("emitted") is not None else event.data.get("ok") or 0
@@ -98,6 +100,8 @@ def _ranges(group: list[Event]) -> list[list[int]]:
     )
     ranges = [given[0]]
     for lo, hi in given[1:]:
+        if lo == hi:
+            continue  # of no item: it tells what came of others
         if lo <= ranges[-1][1]:
             ranges[-1][1] = max(ranges[-1][1], hi)
         else:

@@ -445,11 +445,13 @@ class StatsFold:
         tally.items_out += ok
         tally.dropped += dropped
         tally.failed += failed
+        tally.cancelled += get("cancelled") or 0
         emitted = get("emitted")
         tally.emitted += ok if emitted is None else emitted
         count = ok + dropped + failed
         tally.attempts_ended += count
-        tally.measure(data, count or 1, event.time_unix_ns)
+        if count or get("seconds"):  # a merge takes time and ends no item; what was stopped does neither
+            tally.measure(data, count or 1, event.time_unix_ns)
         if event.lane is not None:
             tally.lane = event.lane
 

@@ -10,6 +10,8 @@ import pickle
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.events import names
 from stageflow.events.event import Event
@@ -106,7 +108,11 @@ class Telling(DriverCounters):
                 book.end(stage, StageOutput.skip(data["reason"]))
         elif type_ == "stage.cancelled":
             if stage not in book.ends:
-                book.end(stage, StageOutput.cancel(data.get("reason") or "cancelled"))
+                output = StageOutput.cancel(data.get("reason") or "cancelled")
+                if "items_in" in data:
+                    counts = {name: data[name] for name in ("dropped", "failed", "cancelled")}
+                    output = msgspec.structs.replace(output, metadata={"items": data["emitted"], **counts})
+                book.end(stage, output)
         elif type_ == "stage.completed":
             if job.graph.specs[stage].role != Role.REDUCE:
                 counts = {"items": data["emitted"], "dropped": data["dropped"], "failed": data["failed"]}

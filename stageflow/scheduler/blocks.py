@@ -229,7 +229,9 @@ class BlockRules:
         items = dropped = 0
         retried: dict[int, tuple[float, Any]] = {}
         lost: set[int] = set()
+        stopped = 0
         for place, failure in enumerate(done.failures):
+            stopped += failure.status == "cancel"  # it asked for the end of the run, and has decided nothing
             verdict = signal.retries[place] if place < len(signal.retries) else (None, None, 1.0)
             delay = self._item_failed(run, task, stream, failure, verdict, now)
             if delay is not None:
@@ -260,21 +262,18 @@ class BlockRules:
                     at += here
         for index, (delay, _) in retried.items():
             self._retry_item(run, task, stream, index, delay, now)
-        failed = len(lost)
+        failed = len(lost) - stopped
         stream.ok += items
         stream.dropped += dropped
         stream.failed += failed
         stream.measure(items + dropped + failed, done.seconds, signal.nbytes)
-        self._emit(
-            "stage.items",
-            run,
-            stream.stage,
-            attempt=task.attempt,
-            data={"lo": done.ranges[0][0], "hi": done.ranges[-1][1], "ok": items, "dropped": dropped, "failed": failed,
-                  "seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "bytes_in": signal.bytes_in,
-                  "bytes_out": signal.nbytes, "worker_pid": signal.worker_pid,
-                  "queued_ms": max(0.0, now - task.since - done.seconds) * 1000.0, "started": signal.started},
-        )  # fmt: skip
+        data = {"lo": done.ranges[0][0], "hi": done.ranges[-1][1], "ok": items, "dropped": dropped, "failed": failed,
+                "seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "bytes_in": signal.bytes_in,
+                "bytes_out": signal.nbytes, "worker_pid": signal.worker_pid,
+                "queued_ms": max(0.0, now - task.since - done.seconds) * 1000.0, "started": signal.started}  # fmt: skip
+        if stream.flow_frontier is not None:
+            data["emitted"], stream.told = stream.out_next - stream.told, stream.out_next
+        self._emit("stage.items", run, stream.stage, attempt=task.attempt, data=data)
 
     def _asked(self: Machine, task: Task, lo: int, hi: int) -> int:
         """How many items of the task lie in [lo, hi)."""

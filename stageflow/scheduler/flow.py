@@ -14,7 +14,7 @@ Part of `Machine`; see there for what this may not import.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.policies import SOURCE_AHEAD
@@ -192,7 +192,8 @@ class FlowRules:
             brought = min(stream.promised, signal.nbytes)
             stream.promised -= brought
             self.promised -= brought
-            if stream.granted <= 0 or signal.enough:
+            # one that was told to stop is waited for until it has: what it holds is closed before the run is over
+            if not stream.stopped and (stream.granted <= 0 or signal.enough):
                 self._pull_over(run, stream)
                 if not stream.is_source or any(not reader.ready_count for reader in stream.readers):
                     # a reader ran dry before this came: only then it is worth while for a source to be further ahead
@@ -355,15 +356,17 @@ class FlowRules:
     def _accept(self: Machine, run: Run, stream: Stream, segment: Segment, now: float) -> None:
         """Items come in at a stage."""
         stream.arrived += segment.hi - segment.lo
+        there = segment.count()
+        stream.came += there
         if stream.ended:
-            self._used(run, segment.columns, segment.count())
+            self._used(run, segment.columns, there)
             return
         if stream.shedding:
             self._shed_segment(run, stream, segment, now)
         elif stream.fold is not None:
             before = len(stream.fold.jobs)
             stream.fold.add(segment)
-            stream.ready_count += segment.count()
+            stream.ready_count += there
             if len(stream.fold.jobs) > before:
                 self._offer(run, stream, now)
         elif stream.batch_frontier is not None:
@@ -512,18 +515,55 @@ class FlowRules:
             stream.in_total = max(stream.in_total, 0)
         stream.waits_for("", now)
         self._move(run, stream.stage, _S.DONE)
-        joined = stream.join.dropped if stream.join is not None else 0
-        begun = run.first_start.get(stream.stage, now)
-        self._emit(
-            "stage.completed",
-            run,
-            stream.stage,
-            data={"duration_ms": (now - begun) * 1000.0, "items_in": stream.ok + stream.dropped + stream.failed,
-                  "items_out": stream.ok, "dropped": stream.dropped, "failed": stream.failed,
-                  "emitted": stream.out_next if stream.flow_frontier is not None else stream.ok,
-                  "join_dropped": joined, "wait": stream.waits},
-        )  # fmt: skip
+        self._tell_rest(run, stream, 0, now)
+        self._emit("stage.completed", run, stream.stage, data=self._totals(run, stream, 0, now))
         self._stage_over(run, stream.stage)
+
+    def _emitted(self: Machine, run: Run, stream: Stream) -> int:
+        """How many values have left the stage."""
+        if run.layout.roles[stream.stage] == Role.REDUCE:
+            return int(run.state[stream.stage] == _S.DONE)
+        return stream.out_next if stream.flow_frontier is not None else stream.ok
+
+    def _totals(self: Machine, run: Run, stream: Stream, stopped: int, now: float) -> dict[str, Any]:
+        """What the event that closes a stream says; `stopped` of its items came in and were not finished."""
+        return {
+            "duration_ms": (now - run.first_start.get(stream.stage, now)) * 1000.0,
+            "items_in": stream.ok + stream.dropped + stream.failed + stopped,
+            "items_out": stream.ok,
+            "dropped": stream.dropped,
+            "failed": stream.failed,
+            "cancelled": stopped,
+            "emitted": self._emitted(run, stream),
+            "join_dropped": stream.join.dropped if stream.join is not None else 0,
+            "wait": stream.waits,
+        }
+
+    def _tell_rest(self: Machine, run: Run, stream: Stream, stopped: int, now: float) -> None:
+        """Tell what no block has told: values that left after their own block, and items that the end has stopped."""
+        apart = stream.flow_frontier is not None or run.layout.roles[stream.stage] == Role.REDUCE
+        late = self._emitted(run, stream) - stream.told if apart else 0
+        if late or stopped:
+            stream.told += late
+            self._emit(
+                "stage.items",
+                run,
+                stream.stage,
+                data={"lo": stream.done, "hi": stream.done, "ok": 0, "dropped": 0, "failed": 0, "cancelled": stopped,
+                      "emitted": late, "seconds": 0.0, "cpu_seconds": 0.0, "bytes_in": 0, "bytes_out": 0,
+                      "worker_pid": 0, "queued_ms": 0.0, "started": now},
+            )  # fmt: skip
+
+    def _stopped_streams(self: Machine, run: Run, now: float) -> None:
+        """The run is over before its streams were: every item that came in is counted by what became of it."""
+        for stage, stream in run.streams.items():
+            stopped = 0 if stream.is_source else stream.came - stream.ok - stream.dropped - stream.failed
+            self._tell_rest(run, stream, stopped, now)
+            if run.state[stage] < ENDED and stream.flowing:
+                stream.waits_for("", now)
+                run.state[stage] = _S.CANCELLED
+                data = {**self._totals(run, stream, stopped, now), "reason": run.reason}
+                self._emit("stage.cancelled", run, stage, data=data)
 
     def _collector_over(self: Machine, run: Run, producer: int) -> None:
         """A stage that needed a stream as a whole has ended."""

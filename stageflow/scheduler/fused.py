@@ -76,6 +76,8 @@ class RegionRules:
             stream.ok += ok
             stream.dropped += dropped
             stream.failed += failed
+            if stream is not head:
+                stream.came += ok + dropped + failed
             given = given or ok + dropped + failed
             self._emit(
                 "stage.items",

@@ -233,6 +233,8 @@ class Machine(
     def _finish(self, run: Run, now: float) -> None:
         """Nothing runs any more: close the books."""
         status = run.ending
+        if run.streams and (status is not None or not run.clean or not run.plain):
+            self._stopped_streams(run, now)
         if status is not None:
             state = run.state
             for stage in range(run.layout.size):

@@ -350,6 +350,7 @@ class Stream:
         "batch_group",
         "batch_timer",
         "blocked",
+        "came",
         "can_block",
         "collected",
         "delayed",
@@ -391,6 +392,7 @@ class Stream:
         "started_at",
         "stopped",
         "tick",
+        "told",
         "wait_for",
         "wait_since",
         "waits",
@@ -408,12 +410,14 @@ class Stream:
         self.tick = 0
         self.running = 0  # items in running tasks
         self.arrived = 0  # indices that came in
+        self.came = 0  # items that came in: indices without the gaps
         self.done = 0  # indices finished here (gaps included)
         self.in_total = -1
         self.ok = 0
         self.dropped = 0
         self.failed = 0
         self.out_next = 0  # next index of the output's own space
+        self.told = 0  # of a flat-map: how many of its items the events have told of
         self.queued = False
         self.blocked = False
         self.flowing = False
