@@ -537,7 +537,17 @@ class Engine:
         except BaseException:
             coroutine.close()
             raise
-        return await coroutine
+        try:
+            return await coroutine
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        """This loop is about to stand still: other loops may have what its lanes have borrowed and do not use."""
+        state = self._states.get(id(asyncio.get_running_loop()))
+        for executor in state.lanes.values() if state is not None else ():
+            if hasattr(executor, "rest"):
+                executor.rest()
 
     async def _leave_loop(self) -> None:
         state = self._states.get(id(asyncio.get_running_loop()))

@@ -215,8 +215,9 @@ class FoldRules:
             run,
             stream.stage,
             attempt=task.attempt,
-            data={"lo": lo, "hi": lo + count, "ok": count, "dropped": 0, "failed": 0, "emitted": 0, "seconds": signal.seconds,
-                  "cpu_seconds": signal.cpu_seconds, "bytes_in": signal.bytes_in, "bytes_out": signal.nbytes,
+            data={"lo": lo, "hi": lo + count, "ok": count, "dropped": 0, "failed": 0, "emitted": 0,
+                  "seconds": signal.seconds, "cpu_seconds": signal.cpu_seconds,
+                  "bytes_in": signal.bytes_in, "bytes_out": signal.nbytes,
                   "worker_pid": signal.worker_pid, "queued_ms": max(0.0, now - task.since - signal.seconds) * 1000.0,
                   "started": signal.started},
         )  # fmt: skip

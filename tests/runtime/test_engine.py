@@ -221,6 +221,28 @@ def test_one_engine_serves_successive_loops(engine, uvloop):
             assert runner.run(engine.execute(sum_graph(), {"n": 50})).data("total") == 40425
 
 
+def test_workers_of_a_run_that_is_over_serve_other_threads_and_loops():
+    graph = PipelineBuilder("p", inputs={"xs": list}).map("square", square, "xs", executor="process").build()
+    wanted = [x * x for x in range(400)]
+    found = []
+
+    async def on_a_loop_of_its_own(engine):
+        return list((await engine.execute(graph, inputs={"xs": list(range(400))})).data("square"))
+
+    with Engine(processes=2) as engine:
+        for _ in range(2):
+            assert list(engine.run(graph, {"xs": list(range(400))}).data("square")) == wanted
+            pids = set(engine.run(graph, {"xs": list(range(400))}).stats["square"].worker_pids)
+            thread = threading.Thread(
+                target=lambda: found.append(asyncio.run(on_a_loop_of_its_own(engine))), daemon=True
+            )
+            thread.start()
+            thread.join(20)
+            assert not thread.is_alive(), "the workers are held by a loop that stands still"
+        assert found == [wanted, wanted]
+        assert len(pids) <= 2
+
+
 def test_one_engine_serves_several_threads_at_once(engine):
     found, errors = [], []
 

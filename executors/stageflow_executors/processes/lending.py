@@ -165,6 +165,16 @@ class Lending(Sending):
                 elif self._idle_timer is None and self._loop is not None:
                     self._idle_timer = self._loop.call_later(GIVE_BACK_AFTER, self._give_back_idle)
 
+    def rest(self) -> None:
+        """Give back at once whatever is idle: the lane's loop is about to stand still, and could not do it when others
+        wait."""
+        if not self._queue:
+            self.supply.withdraw(self)
+            self._asked = False
+        for lent in list(self._idle):
+            if self._lent.get(lent.handle.number) is lent and not lent.tasks and not lent.outbox:
+                self._release_worker(lent)
+
     def _release_worker(self, lent: Lent) -> None:
         """Take the readers off and hand it back to the supply."""
         self._detach(lent)
