@@ -12,11 +12,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import CoroutineType, GeneratorType
 from typing import Any, Final
 
 from stageflow.core.errors import LaneClosedError
 from stageflow.core.executor import Call, Deliver, Outcome, Reply, Shipped
+from stageflow.core.worker import stops_item
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
 #: a task factory breaks uvloop; constructing the task does not
@@ -113,6 +115,8 @@ class AsyncExecutor(LocalLane):
         if port is None:
             return
         port.ask_to_stop(reason)
+        if stops_item(reason) and port.started:
+            return  # the block itself ends its item
         if port.task is not None:
             port.task.cancel(reason)
         if not port.started and not port.done:
@@ -139,6 +143,12 @@ class AsyncExecutor(LocalLane):
         for call_id in list(self._ports):
             self.cancel(call_id, reason="the lane is closing", force=True)
         self._loop = None
+
+
+def _end(port: LocalPort, task: asyncio.Future[Any]) -> None:
+    """Cancel what a call waits for, unless only an item of it is meant: its block sees to that."""
+    if not stops_item(port.cancel_reason()):
+        task.cancel()
 
 
 async def _settled(result: Any) -> tuple[Any, SystemExit | None]:
@@ -195,7 +205,7 @@ class InlineExecutor(LocalLane):
                 result: Any = call.shipped.function(port, *call.args)
                 if inspect.isawaitable(result):
                     inner = asyncio.ensure_future(_settled(result))
-                    port.on_cancel(lambda inner=inner: inner.cancel())  # type: ignore[misc]
+                    port.on_cancel(partial(_end, port, inner))
                     try:
                         settled = await inner
                     finally:

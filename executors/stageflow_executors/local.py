@@ -16,6 +16,7 @@ import msgspec
 from stageflow.core.errors import StageCancelledError
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply
 from stageflow.core.failure import capture
+from stageflow.core.worker import both_stops, stops_item
 
 _OK = OutcomeKind.OK
 _pid = os.getpid()
@@ -92,7 +93,8 @@ class LocalPort(msgspec.Struct, eq=False):
         """Call back when the call is asked to stop; at once if it was."""
         if self._reason is not None:
             callback()
-            return
+            if not stops_item(self._reason):
+                return
         if self._callbacks is None:
             self._callbacks = []
         self._callbacks.append(callback)
@@ -100,9 +102,13 @@ class LocalPort(msgspec.Struct, eq=False):
             self.ask_to_stop(self.cancel_reason() or "")
 
     def ask_to_stop(self, reason: str) -> None:
-        """Set the flag (the first reason stays) and run the callbacks, each once."""
-        if self._reason is None:
-            self._reason = reason
+        """Set the flag and run the callbacks, each once. The first reason stays, but all of a call counts for more."""
+        self._reason = both_stops(self._reason, reason)
+        if stops_item(self._reason):
+            for callback in list(self._callbacks or ()):
+                with contextlib.suppress(Exception):
+                    callback()
+            return
         while self._callbacks:
             with contextlib.suppress(Exception):
                 self._callbacks.pop()()

@@ -9,10 +9,12 @@ May import core, context, contracts and events only.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +27,7 @@ from stageflow.core.executor import Reply
 from stageflow.core.failure import capture
 from stageflow.core.kinds import DROP, Drop, StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
+from stageflow.core.worker import stop_of, stops_item
 
 if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
@@ -129,6 +132,40 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     inner: tuple[tuple[int, int, int, float, float], ...] | None = None
+
+
+class ItemPort:
+    """The port of one item of a block: a stop that is meant for another item does not reach it. `index` is the item
+    under way."""
+
+    __slots__ = ("buffer", "index", "lane", "note", "port", "progress", "worker_pid")
+
+    def __init__(self, port: WorkerPort) -> None:
+        self.port = port
+        self.index = -1
+        self.lane = port.lane
+        self.worker_pid = port.worker_pid
+        self.progress = port.progress
+        self.note = port.note
+        self.buffer = port.buffer
+
+    def cancelled(self) -> bool:
+        """True once this item was asked to stop."""
+        return self.port.cancelled() and stop_of(self.port.cancel_reason(), self.index) is not None
+
+    def cancel_reason(self) -> str | None:
+        """Why."""
+        return stop_of(self.port.cancel_reason(), self.index)
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the item that is under way now is asked to stop."""
+        index, port = self.index, self.port
+
+        def asked() -> None:
+            if stop_of(port.cancel_reason(), index) is not None:
+                callback()
+
+        port.on_cancel(asked)
 
 
 class ItemProgram(Program):
@@ -352,14 +389,21 @@ class ItemProgram(Program):
         if self.batch:
             return await self._run_batch_async(port, header, snapshot, list(pieces), args, commons)
         whole: Reply | None = None
+        own: ItemPort | None = None
+        if len(pieces) > 1 or pieces[0].count() > 1:
+            own = ItemPort(port)
+            port.on_cancel(partial(_end_item, own, asyncio.current_task()))
         for piece in pieces:
-            reply = await self._run_piece_async(port, header, snapshot, piece, args, commons)
+            reply = await self._run_piece_async(port, own, header, snapshot, piece, args, commons)
             whole = reply if whole is None else _merged(whole, reply)
+            if port.cancelled():
+                break
         return whole if whole is not None else Reply(None, Done(()), has_value=False)
 
     async def _run_piece_async(
         self,
         port: WorkerPort,
+        own: ItemPort | None,
         header: Header,
         snapshot: Any,
         piece: Piece,
@@ -370,16 +414,27 @@ class ItemProgram(Program):
         columns = [piece.column(number, args) for number in range(len(piece.columns))]
         indices = piece.indices()
         part = _Part(self, piece, 0)
+        place = 0
         for place, index in enumerate(indices):
             path = piece.path(place, index)
+            if own is not None:
+                own.index = index
             try:
-                result, ctx = await self._call_async(port, header, snapshot, commons, [c[place] for c in columns], path)
+                result, ctx = await self._call_async(
+                    own or port, header, snapshot, commons, [c[place] for c in columns], path
+                )
                 part.take(result, index, path, ctx)
             except StageCancelledError as error:
                 part.cancel(index, path, error, header.attempt)
+            except asyncio.CancelledError:
+                if own is None or not (stops_item(port.cancel_reason()) and own.cancelled()):
+                    raise  # all of the block is meant
+                part.cancel(index, path, StageCancelledError("cancelled"), header.attempt)
             except (Exception, SystemExit) as error:
                 part.fail(index, path, error, header.attempt)
-        return part.reply(indices, len(indices), time.perf_counter() - started, 0.0)
+            if port.cancelled():
+                break  # the rest is run again without the item that was to stop
+        return part.reply(indices, place + 1, time.perf_counter() - started, 0.0)
 
     async def _run_batch_async(
         self,
@@ -512,18 +567,21 @@ class _Part:
         """Call the runner on items [position, stop) with everything on, until the part that began at second `started`
         is to be reported; returns where it stopped."""
         program = self.program
+        own = ItemPort(port)
         while position < stop:
-            index = indices[position]
+            index = own.index = indices[position]
             path = self.piece.path(position, index)
             try:
                 result, ctx = program.call_item(
-                    port, header, snapshot, commons, [column[position] for column in columns], path
+                    own, header, snapshot, commons, [column[position] for column in columns], path
                 )
                 self.take(result, index, path, ctx)
-            except StageCancelledError as error:
-                self.cancel(index, path, error, header.attempt)
             except BaseException as error:  # SystemExit in a stage is that item's failure, not the worker's end
-                self.fail(index, path, error, header.attempt)
+                stopped = isinstance(error, asyncio.CancelledError) and own.cancelled()
+                if stopped or isinstance(error, StageCancelledError):
+                    self.cancel(index, path, error, header.attempt)
+                else:
+                    self.fail(index, path, error, header.attempt)
             position += 1
             if port.cancelled() or time.perf_counter() - started > REPORT_SECONDS or self.is_big():
                 break
@@ -634,6 +692,12 @@ def _mask_of(indices: Any, lo: int, hi: int) -> int:
 
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
+
+
+def _end_item(own: ItemPort, task: asyncio.Task[Any] | None) -> None:
+    """Interrupt the item of a block that its task is at, if it is the one that was asked to stop."""
+    if task is not None and stops_item(own.port.cancel_reason()) and own.cancelled():
+        task.cancel()
 
 
 def pairs(level: list[Any]) -> list[tuple[Any, Any]]:

@@ -4,7 +4,37 @@ never sees it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+_ITEM: Final = "\x1f"  # begins the reason of a stop that is meant for one item of a block
+
+
+def item_stop(index: int, reason: str) -> str:
+    """The reason that a lane is given to stop only the item `index` of a block."""
+    return f"{_ITEM}{index}:{reason}"
+
+
+def stops_item(reason: str | None) -> bool:
+    """Whether a reason is meant for items of the call, not for all of it."""
+    return reason is not None and reason.startswith(_ITEM)
+
+
+def stop_of(reason: str | None, index: int) -> str | None:
+    """Why the item `index` is to stop, by the reason its call was given; None where only others are meant."""
+    if reason is None or not reason.startswith(_ITEM):
+        return reason
+    for part in reason.split(_ITEM)[1:]:
+        number, _, why = part.partition(":")
+        if number == str(index):
+            return why
+    return None
+
+
+def both_stops(first: str | None, second: str) -> str:
+    """What a call is to be told that is asked to stop a second time: all of it counts for more than an item."""
+    if first is None or (stops_item(first) and not stops_item(second)):
+        return second
+    return first + second if stops_item(first) and second not in first else first
 
 
 class WorkerPort(Protocol):

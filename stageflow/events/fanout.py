@@ -221,7 +221,7 @@ class FanOut:
         """Tell the sinks that want it of each item of a block. Derived events carry their block's seq and mean
         times."""
         where = (event.run_id, event.stage)
-        if event.type == names.STAGE_FAILED and event.item is not None:
+        if event.type in (names.STAGE_FAILED, names.STAGE_CANCELLED) and event.item is not None:
             self._failed_items.setdefault(where, set()).add(event.item)
             return
         if event.type in names.STAGE_ENDED and event.item is None:

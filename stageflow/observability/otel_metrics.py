@@ -177,6 +177,8 @@ class Instruments:
     def _ended(self, event: Event) -> None:
         data = event.data
         if event.item is not None:
+            if event.type == names.STAGE_CANCELLED:  # stopped by itself
+                self.items.add(1, {**self._where(event), "outcome": "cancelled"})
             return  # counted with its block
         where = self._where(event)
         key = (event.run_id, event.stage)

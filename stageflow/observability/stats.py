@@ -493,6 +493,7 @@ class StatsFold:
             tally.items_out = data.get("items_out") or 0
             tally.dropped = data.get("dropped") or 0
             tally.failed = data.get("failed") or 0
+            tally.cancelled = data.get("cancelled") or 0
             tally.emitted = data.get("emitted", tally.items_out) or 0
             tally.attempts_ended = tally.items_in
             if tally.items_in:
@@ -518,7 +519,9 @@ class StatsFold:
 
     def _cancelled(self, event: Event) -> None:
         tally = self._tally(event.stage or "")
-        if event.item is not None:
+        if event.item is not None:  # stopped by itself, and in no block's numbers
+            tally.streaming = True
+            tally.cancelled += 1
             return
         if tally.streaming or "items_in" in event.data:
             self._close_stream(tally, event)

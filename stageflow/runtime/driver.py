@@ -17,12 +17,14 @@ from stageflow.context.cancellation import CancellationToken
 from stageflow.context.tracing import current_traceparent
 from stageflow.core.errors import InvariantError, StageflowError
 from stageflow.core.executor import Executor, Payload
+from stageflow.core.worker import item_stop
 from stageflow.events.fanout import FanOut
 from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.feeding import Feeding
 from stageflow.runtime.job import Job
 from stageflow.runtime.outcomes import Outcomes
+from stageflow.runtime.paths import of_block
 from stageflow.runtime.relay import Relay
 from stageflow.runtime.result import Abandoned
 from stageflow.runtime.running import Running, live_drivers
@@ -248,6 +250,28 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         if job.id in self.jobs:
             self.signal(sig.StopStage(job.id, stage, reason))
 
+    def stop_item(self, job: Job, stage: int, item: tuple[int, ...], reason: str) -> None:
+        """Stop one item of a map, by its index path. Where items have paths of more than one number, the scheduler's
+        index of one is known once it has begun."""
+        if job.id not in self.jobs:
+            return
+        if stage not in job.code.nested:
+            self.signal(sig.StopItem(job.id, stage, item[0], reason))
+            return
+        job.doomed[stage, item] = reason
+        for running in self.running.values():
+            if running.job is job and running.action.stage == stage and type(running.action) is act.StartBlock:
+                self._find_doomed(job, running.action)
+
+    def _find_doomed(self, job: Job, action: act.StartBlock) -> None:
+        """Stop the items of a block that are known by their path."""
+        for index, path in of_block(action.segments, job.book.handles).items():
+            for stage in action.region or (action.stage,):
+                reason = job.doomed.pop((stage, path), None)
+                if reason is not None:
+                    job.paths[stage, index] = path
+                    self.signal(sig.StopItem(job.id, stage, index, reason))
+
     def cancel_threadsafe(self, job: Job, reason: str) -> None:
         """`cancel` from any thread."""
         try:
@@ -344,6 +368,9 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             return
         if action.timeout is not None:
             running.timeout = action.timeout
+        if action.item >= 0:
+            running.executor.cancel(action.task, reason=item_stop(action.item, action.reason))
+            return
         running.executor.cancel(action.task, reason=action.reason, force=action.force)
         if running.claim is not None and hasattr(running.claim, "cancel"):
             running.claim.cancel()

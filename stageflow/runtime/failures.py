@@ -66,7 +66,7 @@ class FailureCollector:
                     attempts=event.attempt or 1,
                 )
             )
-        elif event.type in ("stage.skipped", "stage.cancelled"):
+        elif event.type in ("stage.skipped", "stage.cancelled") and event.item is None:
             with self._lock:
                 (self._skipped if event.type == "stage.skipped" else self._cancelled).add(stage)
 

@@ -7,8 +7,10 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from stageflow.context.pipeline_context import PipelineContext
+from stageflow.core.errors import DefinitionError
 from stageflow.core.kinds import StageStatus
 from stageflow.events.event import Event
+from stageflow.pipeline.spec import Role
 from stageflow.runtime.result import RunResult
 
 if TYPE_CHECKING:
@@ -39,21 +41,45 @@ class RunHandle:
         """True once the result is there."""
         return self._task.done()
 
-    def cancel(self, reason: str = "cancelled", *, stage: Any = None, force: bool = False) -> None:
-        """Stop the run, or one stage of it (by name or function); `force` does not wait for the grace.
+    def cancel(
+        self,
+        reason: str = "cancelled",
+        *,
+        stage: Any = None,
+        item: int | tuple[int, ...] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Stop the run, or one stage of it (by name or function), or one item of a map or sink (its index, or its
+        index path as `ctx.item` has it). `force`, of a whole run, does not wait for the grace.
 
         A stopped stage ends FAIL with StageCancelledError and without a retry; its failure mode decides what that means
-        for the run.
+        for the run. A stopped item ends CANCELLED whether it has come in yet, waits or runs: it is absent behind its
+        stage like one that was dropped, it is listed in `failures`, and the run goes on in every failure mode. An item
+        that has been through its stage already stays what it has become.
 
         Raises:
             KeyError: the graph has no such stage.
+            DefinitionError: `item` without a stage that has items to stop.
         """
         driver, job = self._driver, self._job
         number = None if stage is None else job.graph.number_of(stage)
+        path = (item,) if isinstance(item, int) else tuple(item or ())
+        if item is not None and (number is None or job.code.layout.roles[number] not in (Role.MAP, Role.SINK)):
+            raise DefinitionError(
+                "only items of maps and sinks can be cancelled one by one",
+                hint='say which: handle.cancel("why", stage="the map", item=3)',
+            )
+        if path and (len(path) > 1) != (number in job.code.nested):
+            raise DefinitionError(
+                f"stage {job.graph.specs[number or 0].name!r} has no item {item!r}",
+                hint="behind a flat-map an item is known by its index path, elsewhere by its index: `ctx.item` has it",
+            )
 
         def on_loop() -> None:
             if number is None:
                 driver.cancel(job, reason, force=force)
+            elif path:
+                driver.stop_item(job, number, path, reason)
             else:
                 driver.stop_stage(job, number, reason)
 

@@ -33,11 +33,13 @@ class Job:
         "about",
         "book",
         "broken",
+        "cancelled_items",
         "children",
         "cleanups",
         "code",
         "depth",
         "dice",
+        "doomed",
         "error",
         "failed_items",
         "failures",
@@ -51,6 +53,7 @@ class Job:
         "listening",
         "parent",
         "parent_run_id",
+        "paths",
         "pumps",
         "result",
         "run_id",
@@ -103,6 +106,9 @@ class Job:
         self.dice = random.Random(seed)
         self.failures: list[FailureRecord] = []
         self.failed_items = 0
+        self.cancelled_items = 0
+        self.paths: dict[tuple[int, int], tuple[int, ...]] = {}  # of items that were stopped, by stage and index
+        self.doomed: dict[tuple[int, tuple[int, ...]], str] = {}  # (stage, path) of items to be stopped once begun
         self.abandoned: list[Abandoned] = []
         self.pumps: dict[int, Any] = {}
         self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
@@ -154,6 +160,7 @@ class Job:
             skipped_stages=skipped,
             cancelled_stages=states.count(StageState.CANCELLED),
             failed_items=self.failed_items,
+            cancelled_items=self.cancelled_items,
             failures=tuple(self.failures),
             partial_results=Outputs(self.book),
         )

@@ -55,6 +55,7 @@ class FailureSummary(msgspec.Struct, frozen=True, kw_only=True):
     skipped_stages: int = 0
     cancelled_stages: int = 0
     failed_items: int = 0
+    cancelled_items: int = 0
     failures: tuple[FailureRecord, ...] = ()
     partial_results: Mapping[str, Any] = {}
 
@@ -81,6 +82,7 @@ class FailureSummary(msgspec.Struct, frozen=True, kw_only=True):
             "skipped_stages": self.skipped_stages,
             "cancelled_stages": self.cancelled_stages,
             "failed_items": self.failed_items,
+            "cancelled_items": self.cancelled_items,
             "success_rate": self.success_rate(),
             "failures": [failure.to_dict() for failure in self.failures],
         }

@@ -186,6 +186,8 @@ class Starting(DriverCounters):
         executor = self.executors.get(lane) or self.executor(lane)
         running = Running(job, action, executor, self.clock.monotonic())
         self.running[action.task] = running
+        if job.doomed:
+            self._find_doomed(job, action)
         try:
             code = job.code.stage(action.stage) if action.region is None else job.code.region(action.stage)
             commons = self._values(job, code.sources, lane, executor, many=True)

@@ -20,6 +20,7 @@ from stageflow.runtime.job import KEPT_FAILURES, Job
 from stageflow.runtime.result import FailureRecord
 from stageflow.runtime.running import DriverCounters, Running
 from stageflow.scheduler import actions as act
+from stageflow.scheduler.stops import stopped_info
 
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
@@ -107,7 +108,10 @@ class Telling(DriverCounters):
             if stage not in book.ends:
                 book.end(stage, StageOutput.skip(data["reason"]))
         elif type_ == "stage.cancelled":
-            if stage not in book.ends:
+            if action.item is not None:
+                action.item = job.paths.pop((stage, action.item[0]), action.item)
+                self._book_cancelled_item(job, name, action)
+            elif stage not in book.ends:
                 output = StageOutput.cancel(data.get("reason") or "cancelled")
                 if "items_in" in data:
                     counts = {name: data[name] for name in ("dropped", "failed", "cancelled")}
@@ -116,6 +120,8 @@ class Telling(DriverCounters):
         elif type_ == "stage.completed":
             if job.graph.specs[stage].role != Role.REDUCE:
                 counts = {"items": data["emitted"], "dropped": data["dropped"], "failed": data["failed"]}
+                if data["cancelled"]:
+                    counts["cancelled"] = data["cancelled"]
                 book.end(stage, StageOutput(metadata=counts))
         elif type_ == "stage.retrying" and action.item is None:
             book.ends.pop(stage, None)
@@ -143,6 +149,23 @@ class Telling(DriverCounters):
                 )
             )
         return {**action.data, "error_info": info.to_dict()}
+
+    def _book_cancelled_item(self: Driver, job: Job, name: str, action: act.Emit) -> None:
+        """An item that was stopped is in the list of what did not come through."""
+        job.cancelled_items += 1
+        if len(job.failures) < KEPT_FAILURES:
+            info = stopped_info(name, action.data["reason"], item=action.item)
+            job.failures.append(
+                FailureRecord(
+                    stage=name,
+                    error=info.message,
+                    error_type=info.type,
+                    timestamp=self.clock.time_ns() / 1e9,
+                    item=action.item,
+                    attempts=action.attempt or 1,
+                    error_info=info,
+                )
+            )
 
     def _run_data(self: Driver, job: Job) -> dict[str, Any]:
         graph = job.graph

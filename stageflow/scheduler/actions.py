@@ -64,6 +64,7 @@ class StopAttempt(Action):
     reason: str
     force: bool = False
     timeout: float | None = None  #: the limit in seconds that was used up, where that is why
+    item: int = -1  #: only this item of its block is meant; the block ends behind the item it is at
 
 
 class SetTimer(Action):

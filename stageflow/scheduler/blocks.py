@@ -53,6 +53,9 @@ class BlockRules:
     def _start_flow(self: Machine, run: Run, stream: Stream, lane: Lane, entry: Any, now: float) -> None:
         """The stage's turn: start one block, and queue it again if there is more."""
         stage = stream.stage
+        if not stream.ready and not stream.jobs and not (stream.fold is not None and stream.fold.jobs):
+            self._touch(run)  # it ended, or its items were stopped, while it waited: others may have to move
+            return
         if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
             return
         held = self._held_back(run, stream)
@@ -198,6 +201,8 @@ class BlockRules:
             if signal.handle:
                 self._out.append(act.Release(run.id, (signal.handle,)))
                 signal.handle = 0
+        elif task.doomed is not None:
+            self._heed(run, task, stream, signal)
         elif task.stopping is not None and signal.done.failures:
             signal.done = without_stopped(signal.done)
         if signal.handle:
@@ -230,7 +235,11 @@ class BlockRules:
         retried: dict[int, tuple[float, Any]] = {}
         lost: set[int] = set()
         stopped = 0
+        doomed = task.doomed or {}
         for place, failure in enumerate(done.failures):
+            if failure.index in doomed:
+                lost.add(failure.index)
+                continue
             stopped += failure.status == "cancel"  # it asked for the end of the run, and has decided nothing
             verdict = signal.retries[place] if place < len(signal.retries) else (None, None, 1.0)
             delay = self._item_failed(run, task, stream, failure, verdict, now)
@@ -248,7 +257,21 @@ class BlockRules:
             asked = self._asked(task, lo, hi)
             items += there
             dropped += asked - there - sum(1 for index in (*retried, *lost) if lo <= index < hi)
-            for start, stop in ranges_without(lo, hi, retried):
+            gone = [index for index in doomed if lo <= index < hi] if doomed else ()
+            pieces = ranges_without(lo, hi, {*retried, *gone} if gone else retried)
+            if gone:  # whatever they answered: their values are passed over
+                pieces = sorted([*pieces, *((index, index + 1) for index in gone)])
+            for start, stop in pieces:
+                if start in gone:
+                    survived = mask < 0 or bool(mask >> (start - lo) & 1)
+                    items, dropped = items - survived, dropped - (not survived and start not in lost)
+                    passed = self._take_counts(counted, task, start, stop, start in lost)
+                    at += passed if counted is not None else survived
+                    lost.discard(start)
+                    self._consume(run, task, start, stop)
+                    self._item_cancelled(run, stream, start, doomed.pop(start)[1], task.attempt)
+                    self._finished(run, stream, start, stop, 0, None, 0, now)
+                    continue
                 part_mask = mask if (start, stop) == (lo, hi) else submask(lo, mask, start, stop)
                 here = stop - start if part_mask < 0 else part_mask.bit_count()
                 self._consume(run, task, start, stop)
@@ -353,7 +376,11 @@ class BlockRules:
     def _block_ended(self: Machine, run: Run, task: Task, stream: Stream, signal: sig.BlockPart, now: float) -> None:
         """The task is over: what it did not finish goes back, or fails with it."""
         assert task.segments is not None
-        rest = self._rest(task, signal)
+        rest = self._unreported(task)
+        if task.doomed is not None and not (stream.shedding or stream.ended):
+            if signal.error is not None and signal.error.code == "SF-CANCELLED":
+                signal.status = "cancelled"  # a batch that heeded it
+            rest = self._spare(run, task, rest, now)
         if not rest:
             return
         if stream.shedding or stream.ended:
@@ -363,7 +390,7 @@ class BlockRules:
             self._whole_block_failed(run, task, stream, rest, signal, now)
         elif signal.status == "lost":
             self._block_lost(run, stream, rest, signal, now)
-        elif signal.status == "ok" and not task.reported:
+        elif signal.status == "ok" and not task.reported and task.doomed is None:
             # a lane that loses results would be asked for ever
             signal.status = "error"
             signal.error = ErrorInfo(
@@ -384,7 +411,7 @@ class BlockRules:
         else:
             stream.push(segment)
 
-    def _rest(self: Machine, task: Task, signal: sig.BlockPart) -> list[Segment]:
+    def _unreported(self: Machine, task: Task) -> list[Segment]:
         """The parts of the task's segments that no part has reported."""
         assert task.segments is not None
         reported = task.reported or []

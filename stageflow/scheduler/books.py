@@ -46,6 +46,7 @@ class Task(msgspec.Struct, eq=False, gc=False):
     tokens: dict[str, tuple[int, ...]] | None = None
     reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked
     spawning: bool = False
+    doomed: dict[int, tuple[int, str]] | None = None  # item -> (stage, reason) of its cancel
 
 
 class Run:
@@ -54,6 +55,7 @@ class Run:
     __slots__ = (
         "blocked",
         "blocked_by",
+        "cancelled_items",
         "clean",
         "deadline_timer",
         "deaths",
@@ -122,6 +124,7 @@ class Run:
         self.blocked_by: dict[int, int] = {}  # stage -> the failed stage that blocks it
         self.blocked: list[Stream] = []
         self.failed_items: dict[int, int] = {}
+        self.cancelled_items = 0
         self.guards: dict[int, Any] = {}
         self.feedback: dict[int, dict[str, Any]] = {}
         self.clean = True  # nothing has failed

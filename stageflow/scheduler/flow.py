@@ -361,6 +361,8 @@ class FlowRules:
         if stream.ended:
             self._used(run, segment.columns, there)
             return
+        if stream.doomed:
+            self._sift(run, stream, segment)
         if stream.shedding:
             self._shed_segment(run, stream, segment, now)
         elif stream.fold is not None:
@@ -529,11 +531,11 @@ class FlowRules:
         """What the event that closes a stream says; `stopped` of its items came in and were not finished."""
         return {
             "duration_ms": (now - run.first_start.get(stream.stage, now)) * 1000.0,
-            "items_in": stream.ok + stream.dropped + stream.failed + stopped,
+            "items_in": stream.ok + stream.dropped + stream.failed + stream.cancelled + stopped,
             "items_out": stream.ok,
             "dropped": stream.dropped,
             "failed": stream.failed,
-            "cancelled": stopped,
+            "cancelled": stream.cancelled + stopped,
             "emitted": self._emitted(run, stream),
             "join_dropped": stream.join.dropped if stream.join is not None else 0,
             "wait": stream.waits,
@@ -557,7 +559,8 @@ class FlowRules:
     def _stopped_streams(self: Machine, run: Run, now: float) -> None:
         """The run is over before its streams were: every item that came in is counted by what became of it."""
         for stage, stream in run.streams.items():
-            stopped = 0 if stream.is_source else stream.came - stream.ok - stream.dropped - stream.failed
+            gone = stream.ok + stream.dropped + stream.failed + stream.cancelled
+            stopped = 0 if stream.is_source else stream.came - gone
             self._tell_rest(run, stream, stopped, now)
             if run.state[stage] < ENDED and stream.flowing:
                 stream.waits_for("", now)

@@ -30,6 +30,8 @@ class RegionRules:
         for segment in segments:
             if segment.deaths or segment.attempt > 1 or segment.apart:
                 return None  # after a worker was lost, stage by stage, to tell whose fault it is
+            if any(segment.has(index) for member in region[1:] for index in run.streams[member].doomed or ()):
+                return None  # it is to end at a stage further on
         task.region = region
         for member in region[1:]:
             run.streams[member].waits_for("", now)

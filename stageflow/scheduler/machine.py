@@ -107,6 +107,7 @@ class Machine(
             sig.PressureChanged: self._on_pressure,
             sig.CancelRequested: self._on_cancel,
             sig.StopStage: self._on_stop_stage,
+            sig.StopItem: self._on_stop_item,
             sig.ChildrenWait: self._on_children,
         }
 
@@ -246,7 +247,7 @@ class Machine(
         else:
             # a stage that failed and then passed on a guard's retry path did not fail
             bad = not run.clean and (run.state.count(_S.FAILED) or run.state.count(_S.CANCELLED))
-            status = "failed" if bad or run.failed_items else "completed"
+            status = "failed" if bad or run.failed_items or run.cancelled_items else "completed"
         for timer in list(run.timers):
             self._drop_timer(timer)
         del self.runs[run.id]

@@ -164,6 +164,15 @@ class StopStage(Signal):
     reason: str = "cancelled"
 
 
+class StopItem(Signal):
+    """Stop one item of a map or sink, by its index there, whether it has come in yet, waits or runs."""
+
+    run: int
+    stage: int
+    index: int
+    reason: str = "cancelled"
+
+
 class ChildrenWait(Signal):
     """A running attempt waits for a child run (its slot is free meanwhile), or has stopped waiting."""
 

@@ -104,6 +104,24 @@ class Segment:
             middle = self.lo + (mask & -mask).bit_length() - 1
         return self.cut(self.lo, middle), self.cut(middle, self.hi)
 
+    def has(self, index: int) -> bool:
+        """Whether this item is there."""
+        return self.lo <= index < self.hi and (self.mask < 0 or bool(self.mask >> (index - self.lo) & 1))
+
+    def take_out(self, index: int) -> tuple[Column, ...]:
+        """Leave a gap where the item `index` is, which must be there; the columns that were its own."""
+        own = self.cut(index, index + 1).columns
+        count, offset = self.count(), index - self.lo
+        mask = self.mask if self.mask >= 0 else (1 << (self.hi - self.lo)) - 1
+        place = (mask & ((1 << offset) - 1)).bit_count()
+        self.mask = mask & ~(1 << offset)
+        columns: list[Column] = []
+        for chunk, at in self.columns:
+            places = range(at, at + count) if isinstance(at, int) else at
+            columns.append((chunk, (*places[:place], *places[place + 1 :])))
+        self.columns = tuple(columns) if self.mask else ()
+        return own
+
     def nbytes(self) -> float:
         """Bytes of its items, over all columns."""
         count = self.count()
@@ -352,10 +370,12 @@ class Stream:
         "blocked",
         "came",
         "can_block",
+        "cancelled",
         "collected",
         "delayed",
         "delayed_folds",
         "done",
+        "doomed",
         "dropped",
         "ended",
         "failed",
@@ -416,6 +436,8 @@ class Stream:
         self.ok = 0
         self.dropped = 0
         self.failed = 0
+        self.cancelled = 0  # items that were stopped one by one
+        self.doomed: dict[int, str] | None = None  # items to be taken out when they come in, with the reason
         self.out_next = 0  # next index of the output's own space
         self.told = 0  # of a flat-map: how many of its items the events have told of
         self.queued = False

@@ -37,6 +37,7 @@ class Under:
         self.since = now
         self.stopped = False
         self.hung = False
+        self.doomed = set()  # items of its block that were asked to stop
         self.at = 0  # items of its block that have been reported
         self.pieces = []
         self.accumulators = []
@@ -46,7 +47,17 @@ class Simulation:
     """One machine and the runs submitted to it."""
 
     def __init__(
-        self, dice, *, lanes=None, deaths=0.0, cancel=0.0, memory=0, poison_limit=1000, checked=True, ahead=None
+        self,
+        dice,
+        *,
+        lanes=None,
+        deaths=0.0,
+        cancel=0.0,
+        memory=0,
+        poison_limit=1000,
+        checked=True,
+        ahead=None,
+        stops=0.0,
     ):
         self.dice = dice
         self.machine = Machine(
@@ -58,6 +69,8 @@ class Simulation:
         )
         self.deaths = deaths
         self.cancel_share = cancel
+        self.stop_share = stops  # of steps at which one item is stopped
+        self.stopped = []  # (run, stage, index) of items that ended so
         self.checked = checked
         self.now = 100.0
         self.log = []
@@ -74,6 +87,7 @@ class Simulation:
         self.kept = {}  # (run, stage) -> [(lo, values)]
         self.finished = {}
         self.failed_items = Counter()
+        self.totals = {}  # (run, stage) -> what the last word of a stream said
         self.started = Counter()
         self.layouts = {}
         self.sketches = {}
@@ -123,12 +137,26 @@ class Simulation:
             live = [run for run in self.layouts if run not in self.finished]
             self.send(sig.CancelRequested(live[self.dice.randint(0, len(live) - 1)], "by the test"))
             return
+        if self.stop_share and self.dice.random() < self.stop_share and self.stop_item():
+            return
         if self.dice.randint(0, 199) == 0:
             self.send(sig.PressureChanged(self.dice.randint(0, 3), "test"))
             return
         kind, what = choices[self.dice.randint(0, len(choices) - 1)]
         self.now += self.dice.randint(0, 3) / 1000
         getattr(self, kind)(what)
+
+    def stop_item(self):
+        """Ask for one item of some map or sink to stop, whether it is there or not."""
+        live = [run for run in self.layouts if run not in self.finished]
+        run = live[self.dice.randint(0, len(live) - 1)]
+        roles = self.layouts[run].roles
+        stages = [stage for stage in range(len(roles)) if roles[stage] in (Role.MAP, Role.SINK)]
+        if not stages:
+            return False
+        stage = stages[self.dice.randint(0, len(stages) - 1)]
+        self.send(sig.StopItem(run, stage, self.dice.randint(0, 40), "by the test"))
+        return True
 
     def chance(self, share):
         return share > 0 and self.dice.random() < share
@@ -157,7 +185,9 @@ class Simulation:
             under.accumulators = [self.values[action.run, handle][0] for handle in action.accumulators if handle]
 
     def do_StopAttempt(self, action):
-        if action.task in self.under:
+        if action.task in self.under and action.item >= 0:
+            self.under[action.task].doomed.add(action.item)
+        elif action.task in self.under:
             self.under[action.task].stopped = True
 
     def do_SetTimer(self, action):
@@ -190,6 +220,12 @@ class Simulation:
         assert action.run not in self.finished
         if action.type == "stage.failed" and action.item is not None:
             self.failed_items[action.run, action.stage] += 1
+        if action.type == "stage.cancelled" and action.item is not None:
+            one = (action.run, action.stage, action.item[0])
+            assert one not in self.stopped, "an item ends once"
+            self.stopped.append(one)
+        if action.type == "stage.completed" and "items_in" in action.data:
+            self.totals[action.run, action.stage] = action.data
 
     def do_Completed(self, action):
         assert action.run not in self.finished
@@ -389,7 +425,10 @@ class Simulation:
             hi = hi if stop == len(indices) else indices[stop]
             values, failures, counts, mask = [], [], [], 0
             for _, _, index, given in mine[:take]:
-                status, found = self.call(action, spec, index, {**given, **commons}, flat)
+                if index in under.doomed and self.dice.randint(0, 2):
+                    status, found = "cancel", "heeded"
+                else:
+                    status, found = self.call(action, spec, index, {**given, **commons}, flat)
                 if status == "hang":
                     under.hung = True
                     assert len(rows) == 1, "what has a timeout runs alone"
@@ -423,6 +462,8 @@ class Simulation:
             part.final = under.at == len(rows) and bool(self.dice.randint(0, 1))
         else:
             part = sig.BlockPart(action.task, Done(()), final=True)
+        if under.doomed and under.at:
+            part.final = True  # a block ends behind the item it was at
         if not part.final and self.dice.randint(0, 9) == 0 and under.at < len(rows):
             part.final = True  # a time slice is over: the rest goes back
         if part.final:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stageflow.core.worker import both_stops, stops_item
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 
@@ -51,7 +52,12 @@ class ProcessPort:
 
     def cancel_reason(self) -> str | None:
         """The reason beside the request; None if there is none."""
-        return self._page.cancel_reason(self._slot) if self.cancelled() and self._slot is not None else None
+        if not self.cancelled():
+            return None
+        reason = None
+        for text in self._page.cancel_reasons(self.call_id):
+            reason = both_stops(reason, text)
+        return reason
 
     def progress(self, done: float, total: float) -> None:
         """Two stores into the status page."""
@@ -82,8 +88,11 @@ class ProcessPort:
             self._callbacks.append(callback)
 
     def _watch(self) -> None:
+        told = None
         while not self.closed:
-            if self.cancelled():
+            reason = self.cancel_reason()
+            if reason != told:
+                told = reason
                 for callback in self._callbacks or ():
                     try:
                         callback()
@@ -91,7 +100,8 @@ class ProcessPort:
                         self.note(
                             "log", {"logger": "stageflow", "level": 40, "message": f"on_cancel callback: {error!r}"}
                         )
-                return
+                if not stops_item(reason):
+                    return
             time.sleep(0.02)
 
     def close(self) -> None:

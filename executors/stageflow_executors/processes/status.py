@@ -71,7 +71,12 @@ class StatusPage:
                 return slot
         return None
 
-    def cancel_reason(self, slot: int) -> str:
-        """The text given with the request in `slot`."""
-        at = REASON_AT + slot * REASON_ROOM
-        return bytes(self._memory[at : at + REASON_ROOM]).split(b"\0", 1)[0].decode("utf-8", "replace")
+    def cancel_reasons(self, task: int) -> list[str]:
+        """The texts given with the requests for `task`."""
+        found = []
+        for slot in range(SLOTS):
+            if self.words[CANCEL_SLOTS + slot] == task:
+                at = REASON_AT + slot * REASON_ROOM
+                text = bytes(self._memory[at : at + REASON_ROOM]).split(b"\0", 1)[0]
+                found.append(text.decode("utf-8", "replace"))
+        return found
