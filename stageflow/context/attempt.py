@@ -29,6 +29,8 @@ _local = threading.local()
 _instances: dict[type, Any] = {}  # a class stage is constructed once per process
 _instances_lock = threading.Lock()
 
+#: what is neither awaitable nor an output
+_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict})
 #: value in `values` of a dependency that has none
 ABSENT: Final = msgspec.UNSET
 
@@ -276,7 +278,16 @@ class Program:
     def __call__(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> Any:
         """One attempt in a thread or process; a coroutine stage runs on a loop here."""
         plan = self.plan
-        ctx = self.context(port, header, snapshot, values) if plan.wants_ctx else None
+        if not plan.wants_ctx:
+            args, kwargs = plan.arguments(values, None, None)
+            result = (self._bound or self.target())(*args, **kwargs)
+            kind = type(result)
+            if kind in _PLAIN and not self.checks:
+                return result
+            if self.is_async or inspect.isawaitable(result):
+                result = run_coroutine(_awaited(result), port)
+            return self.reply(result, None)
+        ctx = self.context(port, header, snapshot, values)
         args, kwargs = plan.arguments(values, ctx, None)
         try:
             result = self.target()(*args, **kwargs)

@@ -7,7 +7,7 @@ import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +18,7 @@ from stageflow.events.merging import BlockMerger
 from stageflow.events.sinks import EventSink, close_all
 
 _log = logging.getLogger("stageflow.events")
+_ITEMS: Final = names.STAGE_ITEMS
 
 #: Events that wait for one async sink. Beyond it new ones are dropped and counted: memory stays bounded.
 MAX_WAITING: Final = 10_000
@@ -137,7 +138,7 @@ class FanOut:
     def emit(self, event: Event) -> None:
         """Hand `event` to every sink. Never raises (a KeyboardInterrupt inside a sink excepted) and never waits."""
         only = self._only
-        if only is not None and event.type != names.STAGE_ITEMS and not self._merger.holds:
+        if only is not None and event.type != _ITEMS and not self._merger.holds:
             # one plain sink and no block of items: what follows, spelled out; three events a stage go this way
             if self._shared:
                 with self._lock:
@@ -172,6 +173,27 @@ class FanOut:
             if self._merger.holds:
                 self._flush_blocks()
             self._pass_on(event)
+
+    def emit_all(self, events: Sequence[Event]) -> None:
+        """`emit` of each, in order."""
+        only = self._only
+        if only is None or self._shared or self._merger.holds:
+            for event in events:
+                self.emit(event)
+            return
+        call = only.sink.emit
+        for event in events:
+            if event.type == _ITEMS or self._only is not only:
+                self.emit(event)
+                continue
+            try:
+                result: Any = call(event)  # type: ignore[func-returns-value, unused-ignore]
+                if result is not None and inspect.isawaitable(result):
+                    self._queue(only, result)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                only.failed()
 
     def _flush_blocks(self) -> None:
         """Pass on what the merger holds."""

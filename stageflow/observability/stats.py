@@ -343,6 +343,13 @@ class StatsFold:
                 self._settle()
             handler(event)
 
+    def begun(self, event: Event) -> None:
+        """`add` of a `stage.started`."""
+        self.events += 1
+        self._late.append(event)
+        if len(self._late) >= _MAX_LATE:
+            self._settle()
+
     def _settle(self) -> None:
         """Fold what was kept for later, in the order it came."""
         late, self._late = self._late, []

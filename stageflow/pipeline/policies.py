@@ -434,6 +434,10 @@ class Policies(msgspec.Struct, frozen=True, kw_only=True):
         names = self.__struct_fields__
         return {n: v for n in names if (v := getattr(self, n)) != getattr(DEFAULT_POLICIES, n)}
 
+    def quiet(self) -> bool:
+        """Whether an attempt of a plain stage starts and succeeds as if it had no policies at all."""
+        return self is DEFAULT_POLICIES or QUIET_POLICIES.issuperset(self.changed())
+
 
 _STRUCTS: Final = (
     ("retry", RetryConfig),
@@ -442,6 +446,11 @@ _STRUCTS: Final = (
     ("guard_retry", GuardRetryPolicy),
 )
 POLICY_NAMES: Final = frozenset(Policies.__struct_fields__)
+#: what says where a stage runs, in what order, what its value must be or what its failure means: nobody is asked
+#: anything before an attempt of it starts, or when it has succeeded
+QUIET_POLICIES: Final = frozenset(
+    {"contract", "executor", "fuse", "keep", "on_failure", "priority", "replayable", "spill", "writable"}
+)
 #: what a stage without policies has: one object, however many stages
 DEFAULT_POLICIES: Final = Policies()
 

@@ -78,6 +78,7 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         self._next_run = 0
         self._next_handle = 0
         self._seq = 0
+        self._monotonic = clock.monotonic
         self._now = clock.monotonic()  # of the turn
         self._settled = None if type(clock) is RealClock else clock.settled
         self._payload_types: dict[type, bool] = {}
@@ -138,28 +139,27 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             return
         self._turning = True
         try:
-            for _ in range(MOST_ROUNDS):
-                signals = self._signals
-                if not signals:
-                    break
+            rounds, perform = MOST_ROUNDS, self._perform
+            while rounds and (signals := self._signals):
+                rounds -= 1
                 self._signals = []
-                now = self._now = self.clock.monotonic()
+                now = self._now = self._monotonic()
                 if self.recorder is not None:
                     self.recorder.append((now, signals))
-                actions = self.machine.handle_all(signals, now)
-                perform = self._perform
-                for action in actions:
+                for action in self.machine.handle_all(signals, now):
                     perform[type(action)](action)
         except BaseException as error:
             self._broken(error)
         finally:
             self._turning = False
-        if self.failing and not self._signals:
+        if self._signals:
+            if not self._scheduled:
+                self._scheduled = True
+                self.loop.call_soon(self.turn)
+            return
+        if self.failing.blocks:
             self.failing.clear()
-        if self._signals and not self._scheduled:
-            self._scheduled = True
-            self.loop.call_soon(self.turn)
-        elif self._settled is not None:
+        if self._settled is not None:
             self._settled(self.loop, len(self.running))
 
     def _broken(self, error: BaseException) -> None:

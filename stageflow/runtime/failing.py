@@ -24,13 +24,10 @@ if TYPE_CHECKING:
 class FailingBlocks:
     """The blocks of which an item failed in this turn, with the lists they read."""
 
-    __slots__ = ("_blocks",)
+    __slots__ = ("blocks",)
 
     def __init__(self) -> None:
-        self._blocks: dict[tuple[int, int], list[tuple[Any, dict[int, Values]]]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._blocks)
+        self.blocks: dict[tuple[int, int], list[tuple[Any, dict[int, Values]]]] = {}
 
     def note(self, job: Job, action: Any) -> None:
         """Hold on to what the block of `action` was given."""
@@ -41,15 +38,15 @@ class FailingBlocks:
                 found = handles.get(handle)
                 if found is not None:
                     held[handle] = found
-        self._blocks.setdefault((job.id, action.stage), []).append((action.segments, held))
+        self.blocks.setdefault((job.id, action.stage), []).append((action.segments, held))
 
     def clear(self) -> None:
         """The turn is over."""
-        self._blocks.clear()
+        self.blocks.clear()
 
     def elements(self, job: Job, stage: int, item: tuple[int, ...]) -> list[Any] | None:
         """The element of the item, one per column, of the last block that had it; None where none is known."""
-        for segments, held in reversed(self._blocks.get((job.id, stage), ())):
+        for segments, held in reversed(self.blocks.get((job.id, stage), ())):
             for segment in segments:
                 columns = segment[3]
                 if any(handle not in held for handle, _ in columns):
@@ -64,7 +61,7 @@ class FailingBlocks:
 
     def batch(self, job: Job, stage: int, item: tuple[int, ...]) -> list[list[Any]] | None:
         """As `elements`, of the whole batch that the item is in."""
-        for segments, held in reversed(self._blocks.get((job.id, stage), ())):
+        for segments, held in reversed(self.blocks.get((job.id, stage), ())):
             if not any(path == item for segment in segments for _, path in of_segment(segment, held)):
                 continue
             width = len(segments[0][3])

@@ -46,6 +46,7 @@ class Job:
         "finished",
         "graph",
         "header",
+        "header_wire",
         "id",
         "identity",
         "index",
@@ -94,6 +95,7 @@ class Job:
         self.run_id = run_id
         self.book = Book(graph)
         self.header = Header(run_id) if depth == 0 else None  # of every attempt of which nothing is special
+        self.header_wire: Any = None  # the same, encoded
         self.sinks = sinks
         self.index = index
         self.depth = depth

@@ -95,22 +95,27 @@ class Outcomes(DriverCounters):
             return
         try:
             job, action, value = running.job, running.action, outcome.value
-            code, kind = job.code, type(value)
+            code, kind, stage = job.code, type(value), action.stage
+            held = False  # the value is one that a worker has encoded
             if (
                 outcome.kind is _OK
                 and outcome.meta is None
-                and (value is None or (kind in _SCALARS and not code.empty[action.stage]))
                 and running.timeout is None
                 and not code.routes
                 and not job.survivors
+                and (
+                    value is None
+                    or (kind in _SCALARS and not code.empty[stage])
+                    or (held := action.lane == "process" and stage not in code.hinted and self.is_payload(value))
+                )
             ):
                 # most outcomes, so `_ended` and `_succeeded` are spelled out for them; it must do what they do
-                book, stage = job.book, action.stage
+                book = job.book
                 if book.shared or book.outputs or book.ends:
-                    book.put(stage, value, encoded=False, meta=None)
+                    book.put(stage, value, encoded=held, meta=None)
                 else:
                     book.values[stage] = value
-                    book.encoded[stage] = 0
+                    book.encoded[stage] = held
                 ended = sig.AttemptEnded(
                     action.task,
                     "ok",
@@ -124,7 +129,7 @@ class Outcomes(DriverCounters):
                 )
             else:
                 if outcome.meta is None and outcome.kind is _OK:
-                    self._look(job, action.stage, outcome, value)
+                    self._look(job, stage, outcome, value)
                 ended = self._ended(running, outcome)
             self._signals.append(ended)
         except BaseException as error:

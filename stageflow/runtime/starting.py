@@ -36,7 +36,14 @@ class Starting(DriverCounters):
     """Makes calls: what a stage is called with, in the form its lane takes."""
 
     def _header(self: Driver, job: Job, action: Any, spec: Any, item: tuple[int, ...] | None = None) -> Header:
-        if job.header is not None and action.attempt == 1 and spec.policies is DEFAULT_POLICIES and not job.book.ends:
+        feedback = getattr(action, "feedback", None)
+        if (
+            job.header is not None
+            and action.attempt == 1
+            and item is None
+            and not (action.tokens or feedback or job.book.ends)
+            and spec.policies.timeout is None
+        ):
             return job.header  # nothing about this attempt is special
         failed: tuple[str, ...] = ()
         skipped: tuple[str, ...] = ()
@@ -45,7 +52,6 @@ class Starting(DriverCounters):
         extras: dict[str, Any] | None = None
         if action.tokens:
             extras = {"tokens": action.tokens}
-        feedback = getattr(action, "feedback", None)
         if feedback is not None:
             feedback = {**feedback, "data": self._guard_data(job, feedback["guard"])}
             extras = {**(extras or {}), "feedback": feedback}
@@ -54,10 +60,19 @@ class Starting(DriverCounters):
         if job.trace is not None:
             extras = {**(extras or {}), TRACE: job.trace}
         deadline = None
-        policies = spec.policies
-        if policies is not DEFAULT_POLICIES and policies.timeout is not None:
-            deadline = self.clock.monotonic() + policies.timeout
+        if spec.policies.timeout is not None:
+            deadline = self.clock.monotonic() + spec.policies.timeout
         return Header(job.run_id, action.attempt, item, deadline, failed, skipped, extras)
+
+    def _header_form(self: Driver, job: Job, action: Any, spec: Any, lane: str, executor: Executor) -> Any:
+        """The header in the form its lane takes; that of attempts of which nothing is special is encoded once."""
+        header = self._header(job, action, spec)
+        if lane != "process" or header is not job.header:
+            return header
+        wire = job.header_wire
+        if wire is None:
+            wire = job.header_wire = executor.encode(header)
+        return wire
 
     def _guard_data(self: Driver, job: Job, guard: str) -> Any:
         """What a guard's failing output carried; the machine handles no values, the book has it."""
@@ -144,8 +159,11 @@ class Starting(DriverCounters):
                 return
             code = job.code.stage(action.stage)
             values = self._values(job, code.sources, lane, executor)
-            snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
-            header = self._header(job, action, spec)
+            header = snapshot = None  # where nobody could read them
+            if code.passes_snapshot:
+                snapshot = self._snapshot(job, lane, executor)
+            if code.passes_snapshot or job.trace is not None:
+                header = self._header_form(job, action, spec, lane, executor)
             shipped = code.call(lane, job.trace)
             policies = spec.policies
             call = Call(
@@ -168,7 +186,7 @@ class Starting(DriverCounters):
         """`_event`, for an event of every attempt."""
         self._seq = seq = self._seq + 1
         event = Event("stage.started", self.clock.time_ns(), seq, job.run_id, name, None, attempt, lane, {})
-        job.stats.add(event)
+        job.stats.begun(event)
         if job.sinks is not None:
             job.sinks.emit(event)
         if self.events.listening:
@@ -198,7 +216,7 @@ class Starting(DriverCounters):
                     for piece, segment in zip(pieces, action.segments, strict=True)
                 )
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
-            header = self._header(job, action, spec)
+            header = self._header_form(job, action, spec, lane, executor)
             shipped = code.call(lane, job.trace)
             call = Call(
                 action.task,
@@ -263,7 +281,7 @@ class Starting(DriverCounters):
             code = job.code.stage(action.stage)
             handles = job.book.handles
             shipped = code.call(lane, job.trace)
-            header = self._header(job, action, spec)
+            header = self._header_form(job, action, spec, lane, executor)
             args: tuple[Any, ...]
             if action.job == "merge":
                 args = (None, *(handles[h].form(lane == "process") if h else ABSENT for h in action.accumulators))

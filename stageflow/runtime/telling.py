@@ -56,14 +56,16 @@ class Telling(DriverCounters):
             self._seq += len(action.rows) // WIDTH
             job.stats.take(action.rows)
             return
-        job.stats.take(action.rows, told=1 + job.listening)
+        told = job.listening
+        rows = action.rows
+        job.stats.take(rows, 1 + told)
         specs, lanes, run_id = job.graph.specs, job.code.lanes, job.run_id
-        time_ns, told = self.clock.time_ns, job.listening
-        sinks = [sinks for sinks in (job.sinks, self.events) if sinks is not None and sinks.listening]
-        rows = iter(action.rows)
-        for stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started in zip(
-            *[rows] * WIDTH, strict=False
-        ):
+        at, seq = self.clock.time_ns(), self._seq  # all of them have ended in this turn
+        events: list[Event] = []
+        for first in range(0, len(rows), WIDTH):
+            stage, attempt, _, duration, seconds, cpu_seconds, bytes_in, bytes_out, pid, started = rows[
+                first : first + WIDTH
+            ]
             name, lane = specs[stage].name, lanes[stage]
             data = {  # of both events
                 "status": "ok",
@@ -76,15 +78,15 @@ class Telling(DriverCounters):
                 "queued_ms": (duration - seconds) * 1000.0 if duration > seconds else 0.0,
                 "started": started,
             }
-            at, seq = time_ns(), self._seq
-            self._seq = seq + 2
-            last = Event("stage.completed", at, seq + 2, run_id, name, None, attempt, lane, data)
+            seq += 2
             if told:
-                first = Event("stage.attempt", at, seq + 1, run_id, name, None, attempt, lane, data)
-                for sink in sinks:
-                    sink.emit(first)
-            for sink in sinks:
-                sink.emit(last)
+                events.append(Event("stage.attempt", at, seq - 1, run_id, name, None, attempt, lane, data))
+            events.append(Event("stage.completed", at, seq, run_id, name, None, attempt, lane, data))
+        self._seq = seq
+        if job.sinks is not None:
+            job.sinks.emit_all(events)
+        if self.events.listening:
+            self.events.emit_all(events)
 
     def _emit(self: Driver, action: act.Emit) -> None:
         job = self.jobs[action.run]

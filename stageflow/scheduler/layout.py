@@ -32,8 +32,8 @@ class Layout:
     - `plain`: no streams, no guards with a retry path: the end of a stage only counts down its dependents;
     - `special[i]`: 1 where readiness has rules beyond "all dependencies are done";
     - `limited[i]`: 1 where admission has to be asked (concurrency, rate, tokens, resources);
-    - `simple[i]`: 1 for a task with default policies in a plain graph: nothing is asked before it starts or when it
-      ends well;
+    - `simple[i]`: 1 for a task with quiet policies (`Policies.quiet`) in a plain graph: nothing is asked before it
+      starts or when it ends well;
     - `required[i]`: dependencies without whose value stage i is skipped;
     - `regions[i]`: the stages that run back to back with stage i, itself first;
     - `gates[i]`: guards that must have passed for good before stage i may start.
@@ -134,9 +134,14 @@ class Layout:
         self.limited = bytes(limited)
         simple = bytearray(size)
         if self.plain and not graph.guard_paths:
+            quiet: dict[int, bool] = {id(DEFAULT_POLICIES): True}  # equal policies are one object
             for i, spec in enumerate(specs):
-                if spec.role == Role.TASK and spec.policies is DEFAULT_POLICIES and not special[i]:
-                    simple[i] = 1
+                if spec.role == Role.TASK and not special[i]:
+                    policies = spec.policies
+                    known = quiet.get(id(policies))
+                    if known is None:
+                        known = quiet[id(policies)] = policies.quiet()
+                    simple[i] = known
         self.simple = bytes(simple)
         for i in range(size):
             if self.roles[i] in (Role.SOURCE, Role.MAP) and (

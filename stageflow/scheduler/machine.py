@@ -119,15 +119,15 @@ class Machine(
         """Take several signals of one loop turn; dispatch once."""
         out: list[Any] = []
         self._out = out
-        handlers = self._handlers
-        plain = True
-        for signal in signals:
-            if type(signal) is sig.AttemptEnded and self._plain_ended(signal, now):
-                continue
-            plain = False
+        count = len(signals)
+        at = self._take_plain(signals, 0, now) if self.unrolled else 0
+        plain = at == count
+        while at < count:
             if self._rows:
                 self._tell_rows()
-            handlers[type(signal)](signal, now)
+            signal = signals[at]
+            self._handlers[type(signal)](signal, now)
+            at = self._take_plain(signals, at + 1, now) if self.unrolled else at + 1
         if self._rows:
             rows, self._rows = self._rows, []
             out.append(act.Completed(self._rows_of, rows))

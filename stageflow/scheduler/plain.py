@@ -9,16 +9,17 @@ and must do what that does: `Machine.unrolled = False` takes the general one, an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.core.errors import InvariantError
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.books import Lane, Task
+from stageflow.scheduler.books import Lane, Run, Task
 
 if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
 
+_ENDED: Final = sig.AttemptEnded
 SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead (rules of the process lane)
 
 
@@ -52,85 +53,96 @@ class PlainRules:
                 out.append(act.StartAttempt(id, run.id, stage, name))
         return started
 
-    def _plain_ended(self: Machine, signal: sig.AttemptEnded, now: float) -> bool:
-        """`_on_attempt_ended` for a stage without policies (`Layout.simple`) that succeeded in a run in which nothing
-        has failed or been skipped: nearly every signal, so it is spelled out. False leaves it to the general rules;
-        what it does must be what they do (but for its `Completed` in place of their two `Emit`)."""
-        task = self.tasks.get(signal.task)
-        if task is None or not self.unrolled:
-            return False
-        run, stage, id = task.run, task.stage, task.id
-        layout, state = run.layout, run.state
-        if (
-            not layout.simple[stage]
-            or not run.plain
-            or run.ending is not None
-            or signal.status != "ok"
-            or task.stopping is not None
-            or task.spawning
-            or signal.route is not None
-            or signal.skip_hint
-        ):
-            return False
-        del self.tasks[id], run.tasks[id]
-        run.running -= 1
-        lane = self.lanes[task.lane]
-        lane.used -= 1
-        if self._stirred is not lane:
-            if self._stirred is not None:
-                self._mixed = True
-            self._stirred = lane
-        state[stage] = 6  # RUNNING -> DONE
-        seconds = signal.seconds
-        if task.lane == "process":
-            key = (layout.key, stage)
-            known = self.seconds.get(key)
-            self.seconds[key] = seconds if known is None else known + 0.3 * (seconds - known)
-        if self._rows_of != run.id:
-            if self._rows:
-                self._tell_rows()
-            self._rows_of = run.id
-        self._rows += (
-            stage,
-            task.attempt,
-            now,
-            now - task.since,
-            seconds,
-            signal.cpu_seconds,
-            signal.bytes_in,
-            signal.nbytes,
-            signal.worker_pid,
-            signal.started,
-        )
-        run.open -= 1
-        dependents = layout.dependents[stage]
-        if dependents:
-            waiting, special, depth, lanes = run.waiting, layout.special, layout.depth, layout.lanes
-            priorities = layout.priorities
-            for dependent in dependents:
+    def _take_plain(self: Machine, signals: list[Any], at: int, now: float) -> int:
+        """`_on_attempt_ended` for stages without policies (`Layout.simple`) that succeeded in a run in which nothing
+        has failed or been skipped: nearly every signal, so it is spelled out. Takes the signals from `at` on and
+        returns the place of the first that is for the general rules. What it does must be what they do (but for its
+        `Completed` in place of their two `Emit`)."""
+        tasks = self.tasks
+        for place in range(at, len(signals)):
+            signal = signals[place]
+            if type(signal) is not _ENDED:
+                return place
+            task = tasks.get(signal.task)
+            if task is None:
+                return place
+            run, stage = task.run, task.stage
+            layout = run.layout
+            if (
+                not layout.simple[stage]
+                or not run.plain
+                or run.ending is not None
+                or signal.status != "ok"
+                or task.stopping is not None
+                or task.spawning
+                or signal.route is not None
+                or signal.skip_hint
+            ):
+                return place
+            del tasks[task.id], run.tasks[task.id]
+            run.running -= 1
+            name = task.lane
+            lane = self.lanes[name]
+            lane.used -= 1
+            if self._stirred is not lane:
+                if self._stirred is not None:
+                    self._mixed = True
+                self._stirred = lane
+            run.state[stage] = 6  # RUNNING -> DONE
+            seconds = signal.seconds
+            if name == "process":
+                key = (layout.key, stage)
+                known = self.seconds.get(key)
+                self.seconds[key] = seconds if known is None else known + 0.3 * (seconds - known)
+            if self._rows_of != run.id:
+                if self._rows:
+                    self._tell_rows()
+                self._rows_of = run.id
+            self._rows += (
+                stage,
+                task.attempt,
+                now,
+                now - task.since,
+                seconds,
+                signal.cpu_seconds,
+                signal.bytes_in,
+                signal.nbytes,
+                signal.worker_pid,
+                signal.started,
+            )
+            run.open -= 1
+            waiting = run.waiting
+            for dependent in layout.dependents[stage]:
                 left = waiting[dependent] = waiting[dependent] - 1
                 if left == 0:
-                    if special[dependent] or state[dependent]:
-                        self._tell_rows()
-                        self._came_ready(run, dependent, now)
-                        self._touched[run.id] = run
-                        continue
-                    state[dependent] = 2  # WAITING -> READY
-                    self._seq = seq = self._seq + 1
-                    run.queued += 1
-                    first = -priorities.get(dependent, 0) if priorities else 0
-                    entry = (first, -depth[dependent], run.seq, seq, run, dependent, None, now)
-                    to = lane if lanes[dependent] == task.lane else self.lanes[lanes[dependent]]
-                    if to is not lane:
-                        self._mixed = True
-                    if to.fifo:
-                        to.push(entry)
-                    else:
-                        to.fifo.append(entry)
+                    self._came_free(run, dependent, lane, now)
                 elif left < 0:
                     raise InvariantError(f"stage {layout.name(dependent)!r} was told more ends than it waits for")
             if self._ended:
                 self._settle_ended(now)
-        if not (run.running or run.queued):
-            self._touched[run.id] = run  # it may be over
-        return True
+            if not (run.running or run.queued):
+                self._touched[run.id] = run  # it may be over
+        return len(signals)
+
+    def _came_free(self: Machine, run: Run, stage: int, lane: Lane, now: float) -> None:
+        """All that a stage depends on is done. `lane` is that of the last of it."""
+        layout = run.layout
+        if layout.special[stage] or run.state[stage]:
+            self._tell_rows()
+            self._came_ready(run, stage, now)
+            self._touched[run.id] = run
+            return
+        run.state[stage] = 2  # WAITING -> READY
+        self._seq = seq = self._seq + 1
+        run.queued += 1
+        priorities = layout.priorities
+        first = -priorities.get(stage, 0) if priorities else 0
+        entry = (first, -layout.depth[stage], run.seq, seq, run, stage, None, now)
+        to = layout.lanes[stage]
+        if to != lane.name:
+            lane = self.lanes[to]
+            self._mixed = True
+        if lane.fifo:
+            lane.push(entry)
+        else:
+            lane.fifo.append(entry)

@@ -35,15 +35,18 @@ class Hearing(Lending):
                 received = channel.receive()
                 if received is None:
                     break
-                frame, fds = received
-                self._frame(lent, frame, fds)
-                if not lent.tasks:
-                    break  # nothing more is due; a stray note wakes us again
+                sent = lent.next_frame
+                self._hearing = lent
+                self._frame(lent, *received)
+                if not lent.tasks or next(iter(lent.tasks.values())).frame >= sent:
+                    break  # nothing more is due yet; a stray note wakes us again
         except ch.Closed:
             if self._loop is not None and channel.fileno() >= 0:
                 self._loop.remove_reader(channel.fileno())
             self._died(lent)
             return
+        finally:
+            self._hearing = None
         if lent.handle.number in self._lent and lent.death is None:
             self._feed(lent)
 

@@ -95,7 +95,7 @@ class ProcessExecutor(Hearing):
             info = capture(error, lane=self.lane)
             loop.call_soon(self._finish, task, Outcome(call.id, OutcomeKind.REFUSED, error=info))
             return
-        if self._idle and not self._queue and self._send_at_once(task):
+        if not self._queue and self._send_at_once(task):
             return
         self._queue.append(task)
         self._dispatch()

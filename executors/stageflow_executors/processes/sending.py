@@ -93,10 +93,16 @@ class Sending(LaneState):
         return batch
 
     def _send_at_once(self, task: Task) -> bool:
-        """The most frequent case by the shortest way: a worker idles that knows the function, and nothing goes
-        along."""
-        lent = self._idle[-1]
-        handle, books = lent.handle, self.supply.books
+        """The most frequent case by the shortest way: a worker that knows the function idles, or has just told its last
+        outcome (which is why `task` comes), and nothing goes along."""
+        hearing, supply = self._hearing, self.supply
+        if hearing is not None and not (hearing.tasks or supply.waiting or self._watchful):
+            lent = hearing
+        elif self._idle:
+            lent = self._idle[-1]
+        else:
+            return False
+        handle, books = lent.handle, supply.books
         if (
             lent.tasks
             or lent.outbox
@@ -105,12 +111,13 @@ class Sending(LaneState):
             or handle.retiring
             or lent.death is not None
             or task.call.shipped.key not in handle.functions
-            or handle.main_version != self.supply.shipping.version
+            or handle.main_version != supply.shipping.version
             or books.any_freed
             or self._lent.get(handle.number) is not lent
         ):
             return False
-        del self._idle[-1]
+        if lent is not hearing:
+            del self._idle[-1]
         task.worker = lent
         task.frame = lent.next_frame
         lent.tasks[task.call.id] = task

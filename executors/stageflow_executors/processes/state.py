@@ -78,6 +78,9 @@ class LaneState:
         self._queue: deque[Task] = deque()
         self._lent: dict[int, Lent] = {}
         self._idle: list[Lent] = []
+        self._hearing: Lent | None = None  # whose frame is being read
+        #: workers are looked at after each call: they leave after a number of them, or when they have grown
+        self._watchful = supply.max_tasks_per_child is not None or supply.worker_memory_limit is not None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._watching = -1
         self._asked = False
