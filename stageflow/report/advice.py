@@ -23,6 +23,8 @@ BLOCKING: Final = 0.1
 _FOR: Final = {
     "slot": "a free slot of its lane",
     "token": "a resource token",
+    "cpu": "free cores",
+    "concurrency": "its concurrency limit",
     "rate": "its rate limit",
     "bytes": "room in the byte budget",
     "memory": "memory of the machine",

@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.events import names
@@ -33,6 +34,7 @@ _LIMITS: Final = {
     "concurrency": "its concurrency limit",
     "rate": "its rate limit",
     "memory": "memory",
+    "cpu": "free cores",
 }
 _OUTSIDE: Final = {"approval": "an approval"}
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -153,11 +155,9 @@ def readings(machine: Machine, run: Run, job: Job) -> dict[str, Any]:
 def _parked(machine: Machine, run: Run) -> dict[int, str]:
     """Stages that a limit of theirs keeps from starting, and which."""
     found: dict[int, str] = {}
-    for reason, entries in machine.admission.parked.items():
-        text = _LIMITS.get(reason[0]) or f"token {reason[1]}"
-        for _, entry in entries[:_MOST_QUEUED]:
-            if entry[4] is run:
-                found[entry[5]] = text
+    for limit, entry in islice(machine.admission.waiting(), _MOST_QUEUED):
+        if entry[4] is run:
+            found[entry[5]] = _LIMITS.get(limit[0]) or f"token {limit[1]}"
     return found
 
 

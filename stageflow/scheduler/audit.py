@@ -13,6 +13,7 @@ from typing import Any
 
 from stageflow.core.errors import InvariantError
 from stageflow.pipeline.spec import Role
+from stageflow.scheduler.admission import slots_of
 from stageflow.scheduler.books import Run
 from stageflow.scheduler.machine import Machine
 from stageflow.scheduler.states import ENDED, StageState
@@ -78,13 +79,16 @@ def _audit_lanes(machine: Machine) -> None:
     for task in machine.tasks.values():
         by_run[task.run.id] += 1
         if not task.spawning:
-            held[task.lane] += 1
+            held[task.lane] += task.slots
         _check(machine.runs.get(task.run.id) is task.run, "a task belongs to a live run", task.id)
         _check(task.run.tasks.get(task.id) is task, "a run knows its tasks", task.id)
     for lane in machine.lanes.values():
         _check(lane.used == held[lane.name], "a slot is used iff a task holds it", lane.name, lane.used, held)
         room = lane.used < lane.slots
         waiting = [entry for entry in lane.entries() if entry[4].ending is None]
+        if room and waiting:  # the first may wait for more than one slot, and the others then wait behind it
+            first = min(waiting)
+            room = lane.used + slots_of(first[4].layout.specs[first[5]].policies, lane.name, lane.slots) <= lane.slots
         _check(not (room and waiting), "nothing waits for a lane that has room", lane.name, len(waiting))
     for run in machine.runs.values():
         _check(run.running == by_run[run.id], "running counts the tasks of a run", run.running, by_run[run.id])
@@ -105,9 +109,8 @@ def _audit_lanes(machine: Machine) -> None:
 def _entries(machine: Machine) -> Iterator[Any]:
     for lane in machine.lanes.values():
         yield from lane.entries()
-    for parked in machine.admission.parked.values():
-        for _, entry in parked:
-            yield entry
+    for _, entry in machine.admission.waiting():
+        yield entry
 
 
 def _audit_limits(machine: Machine) -> None:
@@ -129,8 +132,23 @@ def _audit_limits(machine: Machine) -> None:
         free = admission.free_tokens[name]
         _check(len(set(free)) == len(free), "a token exists once", name, free)
         _check(len(free) + tokens[name] == total, "tokens are neither lost nor invented", name, free, tokens[name])
-    for (kind, what), parked in admission.parked.items():
-        if not any(entry[4].ending is None for _, entry in parked):
+    _audit_waiting_at(machine, tokens)
+
+
+def _audit_waiting_at(machine: Machine, tokens: Counter[str]) -> None:
+    """Who waits at a limit waits for somebody who holds it or is on the way to it."""
+    admission = machine.admission
+    coming: Counter[tuple[Any, str]] = Counter()
+    for lane in machine.lanes.values():
+        for entry in lane.entries():
+            if entry[3] in admission.woken:
+                limit, where, need = admission.woken[entry[3]]
+                _check(where == lane.name, "who was woken goes to its lane", where, lane.name)
+                coming[limit, where] += need  # type: ignore[assignment]
+    _check(dict(coming) == admission.coming, "who was woken is on the way", coming, admission.coming)
+    for (kind, what), lanes in admission.parked.items():
+        expected = any(limit == (kind, what) for limit, _ in coming)
+        if expected or not any(entry[4].ending is None for heap in lanes.values() for entry in heap):
             continue
         if kind == "concurrency":
             _check(admission.busy.get(what, 0) > 0, "who waits for a turn waits for somebody", what)
@@ -138,6 +156,8 @@ def _audit_limits(machine: Machine) -> None:
             _check(tokens[what] > 0, "who waits for a token waits for its holder", what)
         elif kind == "memory":
             _check(admission.memory_used > 0, "who waits for memory waits for its holder", what)
+        elif kind == "cpu":
+            _check(admission.cores_used > 0, "who waits for cores waits for their holder", what)
         else:
             _check(bool(admission.timers), "who waits for a rate waits for a timer", what)
 

@@ -176,7 +176,7 @@ class BlockRules:
         policies = run.layout.specs[stream.stage].policies
         if policies is not DEFAULT_POLICIES:
             if run.layout.limited[stream.stage]:
-                task.tokens = self.admission.take(run.layout.key, stream.stage, policies, now)
+                self._reserve(task, policies, lane, now)
             if policies.total_timeout is not None:
                 begun = run.first_start.get((stream.stage, segments[0].lo), now) if segments else now
                 task.deadline = begun + policies.total_timeout

@@ -47,6 +47,7 @@ class Task(msgspec.Struct, eq=False, gc=False):
     reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked
     spawning: bool = False
     doomed: dict[int, tuple[int, str]] | None = None  # item -> (stage, reason) of its cancel
+    slots: int = 1  # of its lane
 
 
 class Run:

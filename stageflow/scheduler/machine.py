@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from stageflow.core.errors import InvariantError
 from stageflow.core.output import ErrorInfo
-from stageflow.pipeline.policies import DEFAULT_POLICIES
+from stageflow.pipeline.policies import DEFAULT_POLICIES, Policies
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.admission import Admission
+from stageflow.scheduler.admission import Admission, Limit, slots_of
 from stageflow.scheduler.backpressure import Policy
 from stageflow.scheduler.blocks import BlockRules
 from stageflow.scheduler.books import Lane, Run, Task
@@ -76,7 +76,8 @@ class Machine(
         self.spilling = 0  # bytes that are on their way to disk
         self.pressure = 0
         self.pressure_reason = ""
-        self.admission = Admission(tokens or {})
+        self.admission = Admission(tokens or {}, memory, lanes.get("process", 0))
+        self._woke = False  # somebody who waited at a limit is in the queue of a lane again
         self.ahead = dict(ahead or {})
         self.seconds: dict[tuple[int, int], float] = {}  # (layout key, stage) -> smoothed seconds of an attempt
         self.unrolled = True  # take the short way for plain stages (tests compare it with the long one)
@@ -138,6 +139,8 @@ class Machine(
                 self._start_plain(stirred)
             if stirred.fifo or stirred.heap:
                 self._dispatch_lane(stirred, now)
+                if self._woke:
+                    self._dispatch(now)
             return out
         self._mixed = False
         self._dispatch(now)
@@ -394,6 +397,7 @@ class Machine(
     def _dispatch(self, now: float) -> None:
         """Give free slots to what is ready: priority, then depth, then age."""
         lanes = self._lane_list
+        self._woke = False
         for lane in lanes:
             if lane.fifo or lane.heap:
                 self._dispatch_lane(lane, now)
@@ -411,6 +415,11 @@ class Machine(
             for run in touched.values():
                 if not run.running and not run.pulling and run.id in self.runs:
                     self._check_over(run, now)
+        while self._woke:
+            self._woke = False
+            for lane in lanes:
+                if lane:
+                    self._dispatch_lane(lane, now)
 
     def _dispatch_lane(self, lane: Lane, now: float) -> None:
         heap, fifo = lane.heap, lane.fifo
@@ -426,20 +435,41 @@ class Machine(
             if unrolled and not heap and self._start_plain(lane):
                 continue
             entry = lane.pop() if heap else fifo.popleft()
-            _, _, _, _, run, stage, stream, since = entry
-            run.queued -= 1
-            if run.ending is not None:
-                if stream is not None:
-                    stream.queued = False
-                continue
-            if stream is None:
-                if run.state[stage] == _S.READY:
-                    if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
+            if self.admission.woken:
+                limit = self.admission.arrived(entry[3])
+                if limit is not None:
+                    served = self._serve(lane, entry, now)
+                    self._unpark(limit, now)
+                    if served:
                         continue
-                    self._start(run, stage, lane, since, now)
-            else:
+                    return
+            if not self._serve(lane, entry, now):
+                return
+
+    def _serve(self, lane: Lane, entry: Any, now: float) -> bool:
+        """The turn of one entry. False if it went back to the front of the queue, to wait for more slots at once."""
+        _, _, _, _, run, stage, stream, since = entry
+        run.queued -= 1
+        if run.ending is not None:
+            if stream is not None:
                 stream.queued = False
-                self._start_flow(run, stream, lane, entry, now)
+            return True
+        if run.layout.limited[stage] and lane.used:
+            slots = slots_of(run.layout.specs[stage].policies, lane.name, lane.slots)
+            if slots > 1 and lane.used + slots > lane.slots:
+                run.queued += 1
+                if stream is not None:
+                    stream.held_for("slot", now)
+                lane.push(entry)
+                return False
+        if stream is None:
+            if run.state[stage] == _S.READY:
+                if not run.layout.limited[stage] or self._admit(run, stage, lane, entry, now):
+                    self._start(run, stage, lane, since, now)
+        else:
+            stream.queued = False
+            self._start_flow(run, stream, lane, entry, now)
+        return True
 
     def _is_short(self, run: Run, stage: int, stream: Stream | None) -> bool:
         """Measured to take less than SHORT_SECONDS, and free of a timeout (whose clock would run in a queue)."""
@@ -452,21 +482,34 @@ class Machine(
 
     def _admit(self, run: Run, stage: int, lane: Lane, entry: Any, now: float) -> bool:
         """Ask the limits of a stage; when refused, the entry waits at the limit that refused it."""
-        reason = self.admission.ask(run.layout.key, stage, run.layout.specs[stage].policies, now)
-        if reason is None:
+        limit = self.admission.ask(lane.name, entry, run.layout.specs[stage].policies, now)
+        if limit is None:
             return True
-        entry[4].queued += 1
+        run.queued += 1
         if entry[6] is not None:
             entry[6].queued = True
-            entry[6].held_for(reason[0], now)
-        at = self.admission.park(reason, (lane.name, entry))
-        if at is not None:
-            self._set_timer(None, at, lambda due, when: self._unpark(reason, when))
+            entry[6].held_for(limit[0], now)
+        self.admission.park(limit, lane.name, entry)
+        self._look_again(limit)
         return False
 
-    def _unpark(self, reason: str, now: float) -> None:
-        for lane_name, entry in self.admission.unpark(reason):
-            self.lanes[lane_name].push(entry)
+    def _unpark(self, limit: Limit, now: float) -> None:
+        """A limit may have room: queue who can pass."""
+        for lane, entry in self.admission.wake(limit, now):
+            self.lanes[lane].push(entry)
+            self._woke = True
+        self._look_again(limit)
+
+    def _look_again(self, limit: Limit) -> None:
+        """Who waits for a rate is woken by a timer."""
+        at = self.admission.alarm(limit)
+        if at is not None:
+
+            def due(signal: sig.TimerDue, when: float) -> None:
+                self.admission.timed.discard(limit)
+                self._unpark(limit, when)
+
+            self._set_timer(None, at, due)
 
     def _start(self, run: Run, stage: int, lane: Lane, since: float, now: float) -> None:
         self._next_task = id = self._next_task + 1
@@ -483,7 +526,7 @@ class Machine(
         if policies is not DEFAULT_POLICIES:
             run.first_start.setdefault(stage, now)
             if layout.limited[stage]:
-                task.tokens = self.admission.take(layout.key, stage, policies, now)
+                self._reserve(task, policies, lane, now)
             if policies.total_timeout is not None:
                 task.deadline = run.first_start[stage] + policies.total_timeout
             if policies.timeout is not None or task.deadline is not None:
@@ -492,6 +535,18 @@ class Machine(
         short = name == "process" and self._is_short(run, stage, None)
         feedback = run.feedback.get(stage) if run.feedback else None
         self._out.append(act.StartAttempt(id, run.id, stage, name, attempt, alone, short, task.tokens, feedback))
+
+    def _reserve(self, task: Task, policies: Policies, lane: Lane, now: float) -> None:
+        """Take what a task's stage was admitted for."""
+        task.tokens = self.admission.take(lane.name, task.run.layout.key, task.stage, policies, now)
+        resources = policies.resources
+        if resources is None:
+            return
+        task.slots = slots_of(policies, lane.name, lane.slots)
+        lane.used += task.slots - 1
+        if resources.memory is not None:  # said, so neither measured nor guessed
+            self.promised += int(resources.memory) - task.expected
+            task.expected = int(resources.memory)
 
     def _drop_task(self, task: Task, now: float) -> None:
         """The task is over: give back what it held."""
@@ -502,15 +557,15 @@ class Machine(
         self.promised -= task.expected
         lane = self.lanes[task.lane]
         if not task.spawning:
-            lane.used -= 1
+            lane.used -= task.slots
         if task.timer:
             self._drop_timer(task.timer)
             task.timer = 0
         if run.layout.limited[task.stage]:
-            for reason in self.admission.give_back(
-                run.layout.key, task.stage, run.layout.specs[task.stage].policies, task.tokens
+            for limit in self.admission.give_back(
+                task.lane, run.layout.key, task.stage, run.layout.specs[task.stage].policies, task.tokens
             ):
-                self._unpark(reason, now)
+                self._unpark(limit, now)
         self._touch(run)
 
     def _on_children(self, signal: sig.ChildrenWait, now: float) -> None:
@@ -518,7 +573,7 @@ class Machine(
         if task is None or task.spawning == signal.waiting:
             return
         task.spawning = signal.waiting
-        self.lanes[task.lane].used += -1 if signal.waiting else 1
+        self.lanes[task.lane].used += -task.slots if signal.waiting else task.slots
         self._touch(task.run)
 
     def _on_capacity(self, signal: sig.CapacityChanged, now: float) -> None:

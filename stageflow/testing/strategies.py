@@ -505,7 +505,9 @@ class _Maker:
         if self.maybe(0.15):
             from stageflow.pipeline.policies import Resources
 
-            made["resources"] = Resources(tokens={"gpu": self.dice.randint(1, 2)})
+            tokens = {"gpu": self.dice.randint(1, 2)} if self.maybe(0.7) else {}
+            memory, cpu = self.pick([None, None, 100, 3000, 10**9]), self.pick([None, None, 0.5, 2, 9])
+            made["resources"] = Resources(tokens=tokens, memory=memory, cpu=cpu)
         if self.faults and self.maybe(0.2):
             made["on_failure"] = self.pick(["continue_on_failure", "best_effort", "fail_fast"])
         if fate is not None and fate.how == "hang":

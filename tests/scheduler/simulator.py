@@ -541,6 +541,9 @@ class Simulation:
         assert all(lane.used == 0 for lane in machine.lanes.values())
         assert sorted(machine.admission.free_tokens["gpu"]) == [0, 1]
         assert not machine.admission.busy
+        assert (machine.admission.memory_used, machine.admission.cores_used) == (0, 0)
+        assert not machine.admission.woken
+        assert not machine.admission.coming
         assert not [t for t in self.timers if t not in machine.admission.timers]
 
     def states(self, run):
