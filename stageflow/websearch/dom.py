@@ -112,12 +112,23 @@ def pieces(element: Element, skip: Container[Element] = frozenset()) -> Iterator
 
 
 _BLOCK_SET = frozenset(BLOCKS)
+_NOT_WORDS = _BLOCK_SET | NEVER_TEXT | {"br"}
+_FEW = 16
+
+
+def _holds_only_words(element: Element, skip: Container[Element]) -> bool:
+    """Whether its children are a few leaves inside a line: then the library can join the texts, without a walk."""
+    if len(element) > _FEW:
+        return False
+    return all(not len(child) and child.tag not in _NOT_WORDS and child not in skip for child in element)
 
 
 def text_of(element: Element, skip: Container[Element] = frozenset(), *, limit: int | None = None) -> str:
     """The collapsed text inside `element`; reading stops soon after `limit` characters."""
     if not len(element):  # most links and headings: no walk needed
         return collapse(element.text or "")[:limit].rstrip() if element.tag not in NEVER_TEXT else ""
+    if _holds_only_words(element, skip):
+        return collapse("".join(element.itertext()))[:limit].rstrip()
     if limit is None:
         return collapse("".join(pieces(element, skip)))
     parts: list[str] = []

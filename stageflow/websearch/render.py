@@ -21,6 +21,11 @@ _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _EMPHASIS = {"b": "**", "strong": "**", "i": "*", "em": "*"}
 _CODE = frozenset({"code", "kbd", "samp", "tt"})
 _CONTROLS = frozenset({"select", "textarea", "button", "input", "datalist", "canvas", "audio", "video"})
+_HIDDEN = NEVER_TEXT | _CONTROLS
+#: every other element is its text
+_MARKUP = (
+    _BLOCK | _CODE | _HEADINGS.keys() | _EMPHASIS.keys() | {"br", "hr", "pre", "img", "a", "table", "tr", "td", "th"}
+)
 _LANGUAGE = re.compile(r"^(?:language|lang|highlight-source|highlight|brush)[-:]\s*([\w+#.-]{1,40})$", re.I)
 _TICKS = re.compile(r"`+")
 _MAX_COLUMNS = 200
@@ -107,18 +112,24 @@ class Writer:
         """Walk `root` once and return everything it says."""
         etree = require("lxml.etree")
         self._survey(root)
+        skip = self._skip
         walker = etree.iterwalk(root, events=("start", "end"))
         for event, node in walker:
+            tag = node.tag
             if event == "start":
-                if self._hidden(node) or not self._start(node):
+                if tag in _HIDDEN or node in skip or (tag in _MARKUP and not self._start(node, tag)):
                     walker.skip_subtree()
-                elif node.text:
-                    self._text(node.text)
+                else:
+                    text = node.text
+                    if text:
+                        self._text(text)
             else:
-                if not self._hidden(node):
-                    self._end(node)
-                if node is not root and node.tail:
-                    self._text(node.tail)
+                if tag in _MARKUP and node not in skip:
+                    self._end(node, tag)
+                if node is not root:
+                    text = node.tail
+                    if text:
+                        self._text(text)
         self._flush()
         return Rendered(
             "\n".join(self._lines).strip("\n"),
@@ -127,9 +138,6 @@ class Writer:
             self.tables,
             self.code_blocks,
         )
-
-    def _hidden(self, node: Element) -> bool:
-        return node.tag in NEVER_TEXT or node.tag in _CONTROLS or node in self._skip
 
     def _survey(self, root: Element) -> None:
         """Find tables that only lay out the page, and links that hold whole blocks: both are walked through."""
@@ -146,9 +154,9 @@ class Writer:
 
     # ------------------------------------------------------------ events
 
-    def _start(self, node: Element) -> bool:
+    def _start(self, node: Element, tag: str) -> bool:
         """Take the beginning of an element; False when its inside is already dealt with."""
-        tag, config = node.tag, self._config
+        config = self._config
         if tag == "br":
             self._push(" " if self._hold else "\n")
         elif tag == "hr":
@@ -182,8 +190,7 @@ class Writer:
             self._start_container(node)
         return True
 
-    def _end(self, node: Element) -> None:
-        tag = node.tag
+    def _end(self, node: Element, tag: str) -> None:
         if tag in _EMPHASIS:
             self._close_emphasis(_EMPHASIS[tag], node)
         elif tag == "a":
@@ -293,6 +300,11 @@ class Writer:
         if not self._md:
             return
         md, tx = self._take_inline()
+        if "\n" not in tx:  # no break in it: most paragraphs
+            text = collapse(tx)
+            if len(text) >= max(1, self._config.min_text_length):
+                self._emit([text if md == tx else collapse(md)], text)
+            return
         plain = [collapse(line) for line in tx.split("\n")]
         text = "\n".join(plain).strip("\n")
         if len(text) < max(1, self._config.min_text_length):

@@ -26,6 +26,13 @@ _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _TRACKING = re.compile(
     r"^(utm_\w+|gclid|fbclid|msclkid|mc_eid|phpsessid|jsessionid|sid|sessionid|aspsessionid\w*)$", re.I
 )
+# What most links look like. Nothing in these is encoded, decoded or resolved, so the library need not be asked: no
+# empty, dot or parameter segment, no escape, no empty query. `test_hostile` holds them against the long way.
+_SEGMENTS = r"(?:/(?!\.)[A-Za-z0-9\-._~=&+,:@!$'()*]+)"
+_TAIL = rf"({_SEGMENTS}+/?|/)(\?[A-Za-z0-9\-._~/=&+,:@!$()*;]+)?(#[A-Za-z0-9\-._~/=&+,:@!$()*;]+)?"
+_ROOTED = re.compile(_TAIL)
+_WHOLE = re.compile(rf"https?://([a-z0-9\-]+(?:\.[a-z0-9\-]+)*){_TAIL}")
+_HOST = re.compile(r"https?://([a-z0-9\-]+(?:\.[a-z0-9\-]+)*)(?::[0-9]{1,4})?(?:[/?#]|\Z)")
 _PATH_SESSION = re.compile(r";jsessionid=[^/?#;]*", re.I)
 
 
@@ -97,6 +104,13 @@ def normalize(url: str, *, keep_fragment: bool = False) -> str | None:
     Host lower-cased and IDNA-encoded, default port, credentials' absence and dot segments resolved, escapes normalised.
     Equal spellings are equal resources (RFC 3986 section 6.2.2); the query is left in its order.
     """
+    plain = _WHOLE.fullmatch(url) if len(url) <= _CACHED_LENGTH else None
+    if plain is not None and len(plain[1]) <= 253:
+        return url if keep_fragment or plain[4] is None else url[: plain.start(4)]
+    return _normalize_anything(url, keep_fragment)
+
+
+def _normalize_anything(url: str, keep_fragment: bool) -> str | None:
     parts = parse(url)
     if parts is None or parts.scheme not in WEB_SCHEMES:
         return None
@@ -128,6 +142,21 @@ def join(base: str, href: str, *, keep_fragment: bool = False) -> str | None:
 
 
 def _join(base: str, href: str, keep_fragment: bool) -> str | None:
+    plain = _ROOTED.fullmatch(href)
+    if plain is not None:
+        root = _cached_root(base) if len(base) <= _CACHED_LENGTH else _root(base)
+        if root is not None:
+            return root + (href if keep_fragment or plain[3] is None else href[: plain.start(3)])
+    return _join_anything(base, href, keep_fragment)
+
+
+def _root(base: str) -> str | None:
+    """Scheme, credentials, host and port of `base` as `normalize` writes them; None when it is no web address."""
+    clean = normalize(base)
+    return None if clean is None else "/".join(clean.split("/", 3)[:3])
+
+
+def _join_anything(base: str, href: str, keep_fragment: bool) -> str | None:
     reference = parse(href)
     if reference is None:
         return None
@@ -150,6 +179,7 @@ def _join(base: str, href: str, keep_fragment: bool) -> str | None:
 # Menus repeat on every page of a site; what is kept is bounded in number and in length.
 _cached_join = lru_cache(maxsize=8192)(_join)
 _cached_parse = lru_cache(maxsize=1024)(parse)
+_cached_root = lru_cache(maxsize=1024)(_root)
 
 
 def host_of(url: str) -> str:
@@ -158,6 +188,13 @@ def host_of(url: str) -> str:
 
 
 def _host_of(url: str) -> str:
+    plain = _HOST.match(url)
+    if plain is not None and len(plain[1]) <= 253:
+        return plain[1]
+    return _host_of_anything(url)
+
+
+def _host_of_anything(url: str) -> str:
     parts = parse(url)
     if parts is None or not parts.hostname:
         return ""

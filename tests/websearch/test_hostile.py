@@ -158,6 +158,38 @@ def test_joining_any_texts_gives_a_web_address_or_nothing(base: str, href: str) 
         urls.path_segments(joined)
 
 
+BASES = [
+    "http://a.test/",
+    "https://A.test:443/x/y?q",
+    "http://u:p@a.test:8080/x/",
+    "file:///x",
+    "http://[::1]/a",
+    "http://a..b/",
+    "http://a.test",
+    "mailto:x",
+    "//a/b",
+    "http://127.1/",
+    "https://a.test:99999/",
+]
+ODD = st.text("/.:?#;=&a0Z-_~@%+,!$'()*[]\\ \tü", max_size=14)
+
+
+@settings(bounded, max_examples=600)
+@given(
+    st.sampled_from(BASES),
+    ODD,
+    st.sampled_from(["", "http://", "https://b", "HTTP://b.test", "http://b:80", "http://b.test."]),
+    st.booleans(),
+)
+@example("http://a.test/", "b.html?from=1#top", "", False)
+@example("http://a.test/", "p?#", "http://b.test", True)
+def test_the_short_ways_give_what_the_library_gives(base: str, rest: str, start: str, keep: bool) -> None:
+    href = f"{start}/{rest}"
+    assert urls._join(base, href, keep) == urls._join_anything(base, href, keep)
+    assert urls.normalize(href, keep_fragment=keep) == urls._normalize_anything(href, keep)
+    assert urls._host_of(href) == urls._host_of_anything(href)
+
+
 @bounded
 @given(st.sampled_from(["http://", "https://", "http:\\\\", "//"]), st.text(max_size=30), st.text(max_size=10))
 def test_urllib_and_httpx_see_the_same_host(scheme: str, host: str, path: str) -> None:

@@ -1,0 +1,1 @@
+"""Crawls of loopback servers, beside what httpx and lxml alone would take."""
