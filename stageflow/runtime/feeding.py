@@ -15,7 +15,8 @@ from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import Job
 from stageflow.runtime.running import DriverCounters
 from stageflow.runtime.sequence import Values
-from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource
+from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource, past
+from stageflow.runtime.strategies import judge
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 
@@ -33,13 +34,14 @@ class Feeding(DriverCounters):
         pump = job.pumps.get(action.stage)
         if pump is None:
             try:
-                pump = job.pumps[action.stage] = self._open_source(job, action.stage)
+                pump = job.pumps[action.stage] = self._open_source(job, action)
             except Exception as error:
-                self._source_ended(job, action.stage, error)
+                self._source_ended(job, action, error)
                 return
         pump.pull(action.count, action.nbytes)
 
-    def _open_source(self: Driver, job: Job, stage: int) -> Any:
+    def _open_source(self: Driver, job: Job, action: act.PullSource) -> Any:
+        stage = action.stage
         spec = job.graph.specs[stage]
         run = job.id
 
@@ -54,18 +56,20 @@ class Feeding(DriverCounters):
 
         def ended(error: BaseException | None) -> None:
             job.pumps.pop(stage, None)
-            self._source_ended(job, stage, error)
+            self._source_ended(job, action, error)
 
         if spec.role != Role.SOURCE:
             return self._open_expander(job, stage, arrived, ended)
         code = job.code.stage(stage)
         lane = job.code.lanes[stage]
         values = self._values(job, code.sources, "async", None)
-        header = Header(job.run_id)
+        header = Header(job.run_id, action.attempt)
         port = SourcePort(self, job, stage, lane)
+        self.first_starts.setdefault((job.id, stage), self.clock.monotonic())
 
         def begin() -> Any:
-            return code.program.iterate(port, header, job.snapshot, *values)
+            items, ctx = code.program.iterate(port, header, job.snapshot, *values)
+            return (items if not action.skip else past(items, action.skip, spec.name)), ctx
 
         if spec.is_async:
             return TaskSource(begin, arrived, ended, self.loop)
@@ -118,15 +122,26 @@ class Feeding(DriverCounters):
             return InlineSource(lambda: (value, None), arrived, ended, self.loop)
         return ThreadSource(lambda: (value, None), arrived, ended, self.loop, spec.name)
 
-    def _source_ended(self: Driver, job: Job, stage: int, error: BaseException | None) -> None:
+    def _source_ended(self: Driver, job: Job, action: act.PullSource, error: BaseException | None) -> None:
         if job.id not in self.jobs:
             return
+        stage = action.stage
         if error is None:
             self.signal(sig.SourceEnded(job.id, stage))
             return
-        info = capture(error, lane=job.code.lanes[stage], attempt=1)
+        lane = job.code.lanes[stage]
+        info = capture(error, lane=lane, attempt=action.attempt)
+        ended = sig.SourceEnded(job.id, stage, "error", info)
+        retry = job.graph.specs[stage].policies.retry
+        if retry is not None:
+            now = self.clock.monotonic()
+            seconds = now - self.first_starts.get((job.id, stage), now)
+            verdict = judge(retry, info, error, action.attempt, seconds, 0.0, job.dice_for(retry.seed, stage))
+            ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
+            if verdict.broken is not None:
+                ended.error = info = capture(verdict.broken, lane=lane, attempt=action.attempt)
         job.book.failure(stage, info)
-        self.signal(sig.SourceEnded(job.id, stage, "error", info))
+        self.signal(ended)
 
     def _stop_source(self: Driver, action: act.StopSource) -> None:
         pump = self.jobs[action.run].pumps.get(action.stage)

@@ -422,6 +422,8 @@ class Outcomes(DriverCounters):
         if info is not None:
             info = _located(info, action.lane, outcome.worker_pid, action.attempt)
         part.error = info
+        if action.stage in running.job.code.nested:
+            part.paths = of_block(action.segments, running.job.book.handles)
         if outcome.kind == OutcomeKind.LOST:
             part.status, part.suspect = "lost", outcome.suspect
             self._run_survivors(running.job, action.task)
@@ -436,7 +438,8 @@ class Outcomes(DriverCounters):
             if isinstance(outcome.meta, dict) and outcome.meta.get("abandoned"):
                 part.abandoned = True
                 name = running.job.graph.specs[action.stage].name
-                item = (action.segments[0][0],)
+                first = action.segments[0][0]
+                item = (first,) if part.paths is None else part.paths.get(first, (first,))
                 running.job.abandoned.append(Abandoned(name, item, action.attempt, outcome.meta.get("stack", "")))
             return
         part.status = "refused" if outcome.kind == OutcomeKind.REFUSED else "error"

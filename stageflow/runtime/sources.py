@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import islice
 from typing import Any, Final
 
 from stageflow.context.attempt import finish_context, finish_context_async
 from stageflow.context.stage_context import StageContext
+from stageflow.core.errors import DefinitionError
 
 CHUNK_SECONDS: Final = 0.002  # items are handed on at least this often
 CHUNK_ITEMS: Final = 1024
@@ -68,6 +69,46 @@ def _flat(value: Any) -> int:
 
 
 _PLAIN: Final = frozenset((int, float, bool, complex, type(None)))
+
+
+def past(items: Any, count: int, name: str) -> Any:
+    """The items behind the first `count`, which an earlier attempt has given. Raises where there are fewer."""
+    return _past_async(items, count, name) if hasattr(items, "__aiter__") else _past(items, count, name)
+
+
+def _past(items: Any, count: int, name: str) -> Iterator[Any]:
+    try:
+        given = -1
+        for given, item in enumerate(items):
+            if given >= count:
+                yield item
+        _check_replay(given + 1, count, name)
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            close()
+
+
+async def _past_async(items: Any, count: int, name: str) -> AsyncIterator[Any]:
+    try:
+        given = 0
+        async for item in items:
+            given += 1
+            if given > count:
+                yield item
+        _check_replay(given, count, name)
+    finally:
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _check_replay(given: int, count: int, name: str) -> None:
+    if given < count:
+        raise DefinitionError(
+            f"source {name!r} is declared replayable, but gave {given} items after it had given {count}",
+            hint="replayable=True is for generators that give the same items again",
+        )
 
 
 class SequenceSource:

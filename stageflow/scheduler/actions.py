@@ -83,12 +83,14 @@ class CancelTimer(Action):
 
 class PullSource(Action):
     """Let a source give up to `count` more items, and no more once they weigh `nbytes` (0 = whatever they weigh). The
-    first pull starts it."""
+    first pull starts it, past the `skip` items that an earlier `attempt` has given."""
 
     run: int
     stage: int
     count: int
     nbytes: int = 0
+    attempt: int = 1
+    skip: int = 0
 
 
 class StopSource(Action):

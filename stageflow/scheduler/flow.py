@@ -157,7 +157,10 @@ class FlowRules:
             source.started_at = now
         source.granted = count
         run.pulling += 1
-        self._out.append(act.PullSource(run.id, source.stage, count, nbytes))
+        again = source.attempt > 1
+        self._out.append(
+            act.PullSource(run.id, source.stage, count, nbytes, source.attempt, source.out_next if again else 0)
+        )
 
     def _stop_source(self: Machine, run: Run, source: Stream, reason: str, now: float) -> None:
         """Nothing more is wanted of a source or of a value that is laid out; SourceEnded follows if it was begun."""
@@ -248,6 +251,8 @@ class FlowRules:
             return
         if stream.is_source:
             if signal.status == "error":
+                if self._source_again(run, stream, signal, now):
+                    return
                 stream.ended = True
                 for reader in stream.readers:
                     reader.in_total = stream.out_next
@@ -261,6 +266,33 @@ class FlowRules:
                 self._fail_stream(run, stream, signal.error or no_reason(), now, shed=False)
             self._input_complete(run, stream, now)
         self._settle_ended(now)
+
+    def _source_again(self: Machine, run: Run, source: Stream, signal: sig.SourceEnded, now: float) -> bool:
+        """Whether a source that failed is made anew after a while. Once it has given an item that takes one that gives
+        the same items again: those that are in the books are skipped."""
+        policies = run.layout.specs[source.stage].policies
+        if policies.retry is None or (source.out_next and not policies.replayable):
+            return False
+        error = signal.error or no_reason()
+        question = sig.AttemptEnded(
+            0, "error", error=error, retry=signal.retry, wait=signal.wait, roll=signal.roll,
+            retryable=error.retryable, retry_after=error.retry_after,
+        )  # fmt: skip
+        delay = self._retry_delay(run, source.stage, source.attempt, question, now, policies)
+        if delay is None:
+            return False
+        data = {"delay_ms": delay * 1000.0, "error": error.message, "why": "failure"}
+        self._emit("stage.retrying", run, source.stage, attempt=source.attempt, data=data)
+        source.attempt += 1
+        source.stopped = True  # nothing is pulled meanwhile
+        run.retry_timers += 1
+
+        def again(due: sig.TimerDue, when: float) -> None:
+            run.retry_timers -= 1
+            source.stopped = False
+
+        self._set_timer(run, now + delay, again)
+        return True
 
     # ------------------------------------------------------------ passing on
 

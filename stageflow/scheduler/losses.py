@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
 from stageflow.scheduler.outcomes import timeout_info
-from stageflow.scheduler.ranges import indices_of, no_reason
+from stageflow.scheduler.ranges import indices_of, no_reason, path_of
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Segment, Stream
 
@@ -162,23 +164,22 @@ class LossRules:
                 self._take_apart(run, stream, segment, now)
             return
         for segment in rest:
+            path = path_of(signal, segment)
             if delay is not None:
                 self._emit(
                     "stage.retrying",
                     run,
                     stream.stage,
-                    item=(segment.lo,),
+                    item=path,
                     attempt=task.attempt,
                     data={"delay_ms": delay * 1000.0, "error": error.message, "why": "failure"},
                 )
                 self._retry_segment(run, stream, segment, task.attempt + 1, delay, now)
             else:
-                item = ErrorInfo(
-                    **{n: getattr(error, n) for n in error.__struct_fields__ if n != "item"}, item=(segment.lo,)
-                )
+                item = msgspec.structs.replace(error, item=path)
                 self._consume(run, task, segment.lo, segment.hi)
                 stream.failed += segment.count()
-                self._item_lost(run, stream, item, (segment.lo,), task.attempt, now)
+                self._item_lost(run, stream, item, path, task.attempt, now)
                 self._emit_block(run, stream, segment, task.attempt, now)
                 self._empty(run, stream, segment.lo, segment.hi, now)
 
@@ -226,10 +227,11 @@ class LossRules:
                 info = signal.error or ErrorInfo(
                     type="stageflow.core.errors.WorkerDiedError", message="the worker died"
                 )
-                index = indices_of(segment)[0] if count else segment.lo
                 self._used(run, segment.columns, count)
                 stream.failed += count
-                self._item_lost(run, stream, info, (index,), segment.attempt, now)
+                path = path_of(signal, segment)
+                info = msgspec.structs.replace(info, item=path)
+                self._item_lost(run, stream, info, path, segment.attempt, now)
                 self._emit_block(run, stream, segment, segment.attempt, now)
                 self._empty(run, stream, segment.lo, segment.hi, now)
                 continue
@@ -237,7 +239,7 @@ class LossRules:
                 "stage.retrying",
                 run,
                 stream.stage,
-                item=(segment.lo,),
+                item=path_of(signal, segment),
                 attempt=segment.attempt,
                 data={"delay_ms": 0.0, "error": signal.error.message if signal.error else "", "why": "infrastructure"},
             )

@@ -43,6 +43,12 @@ def indices_of(segment: Segment) -> list[int]:
     return [segment.lo + bit for bit in range(segment.hi - segment.lo) if segment.mask >> bit & 1]
 
 
+def path_of(signal: Any, segment: Segment) -> tuple[int, ...]:
+    """The index path of the first item that is there in a segment of a block that went wrong."""
+    index = segment.lo if segment.mask <= 0 else segment.lo + (segment.mask & -segment.mask).bit_length() - 1
+    return (index,) if signal.paths is None else signal.paths.get(index, (index,))
+
+
 def ranges_without(lo: int, hi: int, points: Any) -> list[tuple[int, int]]:
     """[lo, hi) cut at the points, which are left out."""
     inside = sorted(point for point in points if lo <= point < hi)

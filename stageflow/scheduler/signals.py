@@ -77,6 +77,7 @@ class BlockPart(Signal):
     suspect: bool = False
     abandoned: bool = False
     position: int = -1  #: of a lost block: how many of its items were surely finished
+    paths: dict[int, tuple[int, ...]] | None = None  #: of its items, where the index does not say it, if it went wrong
     bytes_in: int = 0
     worker_pid: int = 0
     started: float = 0.0

@@ -361,6 +361,7 @@ class Stream:
 
     __slots__ = (
         "arrived",
+        "attempt",
         "avg_bytes",
         "avg_seconds",
         "batch",
@@ -439,6 +440,7 @@ class Stream:
         self.cancelled = 0  # items that were stopped one by one
         self.doomed: dict[int, str] | None = None  # items to be taken out when they come in, with the reason
         self.out_next = 0  # next index of the output's own space
+        self.attempt = 1  # of a source: how often its generator was made
         self.told = 0  # of a flat-map: how many of its items the events have told of
         self.queued = False
         self.blocked = False
