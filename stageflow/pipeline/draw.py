@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final
 
 from stageflow.core.errors import DefinitionError
@@ -10,6 +11,7 @@ from stageflow.core.kinds import StageKind
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.names import did_you_mean
 from stageflow.pipeline.placement import place
+from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.pipeline.svg import draw_svg
 
@@ -62,6 +64,14 @@ def edge_kind(graph: StageGraph, i: int, j: int) -> str:
     return "value" if graph.reads(j, i) else "order"
 
 
+def edge_kinds(graph: StageGraph, lanes: list[str]) -> dict[tuple[int, int], str]:
+    """(upstream, downstream) -> how the one depends on the other, and "fused" where elements stay in one worker."""
+    kinds = {(j, i): edge_kind(graph, j, i) for i in range(len(graph.specs)) for j in graph.deps[i]}
+    for members in find_regions(graph, lanes).values():
+        kinds.update(dict.fromkeys(pairwise(members), "fused"))
+    return kinds
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -70,18 +80,24 @@ def draw_text(graph: StageGraph) -> str:
     lanes = lanes_of(graph)
     width = max((len(spec.name) + min(graph.depth[i], 12) * 2 for i, spec in enumerate(graph.specs)), default=0)
     lines = [f"{graph.name} ({graph.stage_count} stages)"]
-    marks = {"stream": "*", "all": "[*]", "value": "", "order": "~"}
+    marks = {"stream": "*", "fused": "+", "all": "[*]", "value": "", "order": "~"}
+    kinds = edge_kinds(graph, lanes)
     for i in graph.order:
         spec = graph.specs[i]
         label = "  " * min(graph.depth[i], 12) + spec.name
-        sources = ", ".join(graph.specs[j].name + marks[edge_kind(graph, j, i)] for j in graph.deps[i])
+        sources = ", ".join(graph.specs[j].name + marks[kinds[j, i]] for j in graph.deps[i])
         if not sources and spec.over_input is not None:
             sources = f"input {spec.over_input}*"
         tail = f"  <- {sources}" if sources else ""
         lines.append(f"  {label.ljust(width)}  {lanes[i]:<8}{subtitle(graph, i)}{tail}")
-    kinds = {edge_kind(graph, j, i) for i in graph.order for j in graph.deps[i]}
-    legend = [("stream", "* element by element"), ("all", "[*] the whole sequence"), ("order", "~ order only")]
-    if said := [words for kind, words in legend if kind in kinds]:
+    legend = [
+        ("stream", "* element by element"),
+        ("fused", "+ element by element in the same worker"),
+        ("all", "[*] the whole sequence"),
+        ("order", "~ order only"),
+    ]
+    drawn = set(kinds.values())
+    if said := [words for kind, words in legend if kind in drawn]:
         lines.append(f"  ({', '.join(said)})")
     return "\n".join(lines) + "\n"
 
@@ -123,10 +139,9 @@ def draw_mermaid(graph: StageGraph) -> str:
             left, right = '{"', '"}'
         label = f"{_mermaid_text(spec.name)}<br/><small>{_mermaid_text(subtitle(graph, i))}</small>"
         lines.append(f"    s{i}{left}{label}{right}:::{lanes[i]}")
-    arrows = {"stream": "==>", "all": "==>|all|", "value": "-->", "order": "-.->"}
-    for i in range(len(graph.specs)):
-        for j in graph.deps[i]:
-            lines.append(f"    s{j} {arrows[edge_kind(graph, j, i)]} s{i}")
+    arrows = {"stream": "==>", "fused": "==>|same worker|", "all": "==>|all|", "value": "-->", "order": "-.->"}
+    for (j, i), kind in edge_kinds(graph, lanes).items():
+        lines.append(f"    s{j} {arrows[kind]} s{i}")
     for lane in dict.fromkeys(lanes):
         colour = _LANE_COLOURS.get(lane, "#6b7280")
         lines.append(f"    classDef {lane} stroke:{colour},stroke-width:2px")
@@ -166,13 +181,13 @@ def draw_dot(graph: StageGraph) -> str:
         lines.append(f'    s{i} [label={label}, shape={shape}, color="{colour}", penwidth=2, tooltip={tip}];')
     styles = {
         "stream": " [penwidth=2.5]",
+        "fused": f' [penwidth=5, arrowhead=none, color="{_LANE_COLOURS["process"]}", tooltip="same worker"]',
         "all": " [penwidth=2.5, arrowhead=box]",
         "value": "",
         "order": " [style=dashed]",
     }
-    for i in range(len(graph.specs)):
-        for j in graph.deps[i]:
-            lines.append(f"    s{j} -> s{i}{styles[edge_kind(graph, j, i)]};")
+    for (j, i), kind in edge_kinds(graph, lanes).items():
+        lines.append(f"    s{j} -> s{i}{styles[kind]};")
     return "\n".join(lines) + "\n}\n"
 
 
@@ -183,8 +198,8 @@ def _svg(graph: StageGraph) -> str:
             hint=f"Pictures go up to {MOST_IN_A_PICTURE} stages; draw as text or dot, or draw a subpipeline.",
         )
     titles = [subtitle(graph, i) for i in range(len(graph.specs))]
-    kinds = {(j, i): edge_kind(graph, j, i) for i in range(len(graph.specs)) for j in graph.deps[i]}
-    return draw_svg(graph, lanes_of(graph), titles, kinds)
+    lanes = lanes_of(graph)
+    return draw_svg(graph, lanes, titles, edge_kinds(graph, lanes))
 
 
 _DRAWERS: Final[dict[str, Callable[[StageGraph], str]]] = {

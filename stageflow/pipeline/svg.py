@@ -30,13 +30,19 @@ LANES: Final = {
     "dask": ("#a8791a", "#e0b355"),
     "ray": ("#0e8f7e", "#4cc9b6"),
 }
-_EDGES: Final = {"stream": "elements", "all": "whole sequence", "value": "value", "order": "order only"}
+_EDGES: Final = {
+    "stream": "elements",
+    "fused": "elements, same worker",
+    "all": "whole sequence",
+    "value": "value",
+    "order": "order only",
+}
 
 
 def draw_svg(
     graph: StageGraph, lanes: Sequence[str], subtitles: Sequence[str], kinds: Mapping[tuple[int, int], str]
 ) -> str:
-    """The picture as SVG text. `kinds` says for (upstream, downstream) which of the four edges it is."""
+    """The picture as SVG text. `kinds` says for (upstream, downstream) which of the five edges it is."""
     names = [_short(spec.name) for spec in graph.specs]
     widths = [
         max(_LEAST_WIDTH, 34 + max(_text_width(name, 13.5), _text_width(sub, 11)))
@@ -205,6 +211,7 @@ def _style() -> str:
         ".source .box{stroke-dasharray:5 3}",
         ".edge{fill:none;stroke:#98a2b3;stroke-width:1.5}",
         ".edge.stream,.edge.all{stroke-width:2.6}",
+        f".edge.fused{{stroke-width:6;stroke:{LANES['process'][0]};stroke-opacity:.55}}",
         ".edge.order{stroke-dasharray:5 4}",
         ".tip{fill:#7d8799}",
         *(f".{lane} .stripe{{fill:{colour}}}" for lane, (colour, _) in LANES.items()),
@@ -215,6 +222,7 @@ def _style() -> str:
         ".count,.sub{fill:#98a2b5}",
         ".box{fill:#1f2430;stroke:#394152}",
         ".edge{stroke:#69758a}",
+        f".edge.fused{{stroke:{LANES['process'][1]}}}",
         ".tip{fill:#8a96ab}",
         *(f".{lane} .stripe{{fill:{colour}}}" for lane, (_, colour) in LANES.items()),
     ]

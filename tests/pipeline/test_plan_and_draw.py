@@ -187,3 +187,23 @@ def test_layout_keeps_boxes_apart_and_chains_straight():
     assert layout.routes[0, 3][-1] == 3
     assert len(layout.routes[0, 3]) == 4
     assert min(b.centre - b.across / 2 for b in layout.boxes) == pytest.approx(0)
+
+
+def test_every_format_shows_which_stages_share_a_worker():
+    graph = (
+        PipelineBuilder("fused", inputs={"xs": list})
+        .map("a", lambda x: x, "xs", kind="transform")
+        .map("b", lambda x: x, "a", kind="transform")
+        .map("c", lambda x: x, "b", kind="transform", fuse=False)
+        .build()
+    )
+    text = graph.draw("text")
+    assert "<- a+" in text
+    assert "<- b*" in text
+    assert "+ element by element in the same worker" in text
+    assert "s0 ==>|same worker| s1" in graph.draw("mermaid")
+    assert "s1 ==> s2" in graph.draw("mermaid")
+    assert 's0 -> s1 [penwidth=5, arrowhead=none, color="#d9622b", tooltip="same worker"]' in graph.draw("dot")
+    picture = graph.draw("svg")
+    assert picture.count('class="edge fused"') == 2  # the edge, and its line in the legend
+    assert "elements, same worker" in picture
