@@ -9,14 +9,17 @@ from importlib import import_module
 from typing import Any
 
 import click
+import msgspec
 
 from stageflow.cli.loading import load_graph
 from stageflow.cli.show import print_failures
+from stageflow.context.items import pairs
 from stageflow.core.kinds import Lane, StageKind
 from stageflow.pipeline.builder import PipelineBuilder
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.report.failed import FailedFileError, FailedInput, FailedItem, load_failed
+from stageflow.runtime.failing import FoldStep
 
 
 @click.command(
@@ -64,12 +67,11 @@ def replay(file: str, target: str | None, debug: bool) -> int:
 def isolate(
     graph: StageGraph, spec: StageSpec, given: FailedInput, failed: FailedItem, seen: list[BaseException]
 ) -> tuple[StageGraph, dict[str, Any]]:
-    """A graph of that one stage, its dependencies replaced by the saved values, and the inputs of its run.
+    """A graph of that one stage, its dependencies replaced by the saved values, and the inputs of its run. Of a reduce,
+    the step that failed is run: a block of elements, or accumulators that become one.
 
     What the stage raises is put into `seen`, with its frames.
     """
-    if spec.role == Role.REDUCE:
-        raise FailedFileError(f"stage {spec.name!r} folds many items, and cannot be replayed", path=failed.path)
     wanted = list(spec.declared_deps)
     missing = [name for name in wanted if name not in given.values]
     if missing:
@@ -79,22 +81,54 @@ def isolate(
             hint="Only values that were still in memory when the stage failed are saved.",
             path=failed.path,
         )
-    builder = PipelineBuilder(f"replay of {graph.name}")
+    inputs = given.snapshot if isinstance(given.snapshot, dict) else getattr(given.snapshot, "inputs", None) or {}
+    over = graph.specs[spec.over].name if spec.over >= 0 else spec.over_input
     renames: dict[str, str] = {}
     for binding in spec.bindings:
-        if binding.source == "element":
-            renames[binding.param] = graph.specs[spec.over].name if spec.over >= 0 else str(spec.over_input)
+        if binding.source == "element" and spec.role != Role.REDUCE:
+            renames[binding.param] = str(over)
         elif binding.source == "stage" and isinstance(binding.ref, int):
             renames[binding.param] = graph.specs[binding.ref].name
         elif binding.source == "input":
             renames[binding.param] = str(binding.ref)
     if spec.over_input is not None and spec.over_input in given.values:
         wanted.append(spec.over_input)
+    builder = PipelineBuilder(f"replay of {graph.name}")
+    step = given.values.get(str(over)) if spec.role == Role.REDUCE else None
+    values = given.values if step is None else {**given.values, str(over): step.elements}
+    if step is not None and step.job == "merge":
+        assert spec.reduce is not None
+        merge = _noting(spec.reduce.combine, seen) if spec.reduce.combine is not None else None
+        return builder.stage(spec.name, functools.partial(_merged, merge, step.accumulators)).build(), dict(inputs)
     for name in dict.fromkeys(wanted):
-        builder.stage(name, functools.partial(_given, given.values[name]), kind=StageKind.WORK)
-    builder.stage(spec.name, _watched(spec.runner, seen), wanted, kind=spec.kind, inputs=renames)
-    inputs = given.snapshot if isinstance(given.snapshot, dict) else getattr(given.snapshot, "inputs", None) or {}
+        builder.stage(name, functools.partial(_given, values[name]), kind=StageKind.WORK)
+    runner = _watched(spec.runner, seen)
+    if step is None:
+        builder.stage(spec.name, runner, wanted, kind=spec.kind, inputs=renames)
+    else:
+        after = [name for name in wanted if name != over]
+        builder.reduce(spec.name, runner, str(over), after=after, kind=spec.kind, inputs=renames, **_initial(spec, step))
     return builder.build(), dict(inputs)
+
+
+def _initial(spec: StageSpec, step: FoldStep) -> dict[str, Any]:
+    """What the fold of `step` began with, as keywords of a reduce: without any, its first element."""
+    block = {"block": max(1, len(step.elements))}
+    if step.accumulators:
+        return {**block, "initial": step.accumulators[0]}
+    return {**block, "initial": spec.reduce.initial} if spec.reduce is not None and spec.reduce.has_initial else block
+
+
+async def _merged(merge: Any, accumulators: list[Any]) -> Any:
+    """The accumulators as one, neighbours first, as the reduce does it; UNSET stands for an empty block."""
+    level = accumulators
+    while len(level) > 1:
+        made = []
+        for a, b in pairs(level):
+            both = a if b is msgspec.UNSET else b if a is msgspec.UNSET else merge(a, b)
+            made.append(await both if inspect.isawaitable(both) else both)
+        level = made
+    return level[0]
 
 
 def _given(value: Any) -> Any:

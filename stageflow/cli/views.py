@@ -70,34 +70,39 @@ class Views:
     def _attach(self, graph: StageGraph, wanted: Mapping[str, Any], given: FailedInput) -> None:
         if wanted["progress"] or (wanted["progress"] is None and sys.stderr.isatty()):
             self.show_progress()
+        saved = self._save_failed(wanted["save_failed"], given) if wanted["save_failed"] else None
         drawing = graph.draw("svg") if (wanted["report"] or wanted["ui"]) and len(graph) <= _MAX_DRAWN else None
         if wanted["report"]:
-            self._write_report(wanted["report"], drawing)
+            self._write_report(wanted["report"], drawing, saved)
         if wanted["trace"]:
             from stageflow.observability.trace import TraceSink
 
             _check_writable("--trace", wanted["trace"])
             self.sinks.append(self._open.enter_context(closing(TraceSink(wanted["trace"]))))
-        if wanted["save_failed"]:
-            from stageflow.report.failed import FailedItemSink
-            from stageflow.runtime.failing import attempt_values
-
-            _check_writable("--save-failed", str(Path(wanted["save_failed"], ".writable")))
-
-            def fetch(event: Event) -> FailedInput | None:
-                values = attempt_values(event)
-                return None if values is None else msgspec.structs.replace(given, values=values)
-
-            self.sinks.append(FailedItemSink(wanted["save_failed"], fetch=fetch))
         if wanted["metrics_port"] is not None:
             self._serve_metrics(wanted["metrics_port"])
         if wanted["ui"]:
             from stageflow.report.live import LivePage
 
-            page = LivePage(graph=drawing)
+            page = LivePage(graph=drawing, saved=saved)
             self._open.callback(page.close, linger=_LINGER)
             self.sinks.append(page)
             click.echo(f"live page: {page.url}", err=True)
+
+    def _save_failed(self, folder: str, given: FailedInput) -> Callable[[Event], Path | None]:
+        """Save failures below `folder`; what names the file of one to the views that come after."""
+        from stageflow.report.failed import FailedItemSink
+        from stageflow.runtime.failing import attempt_values
+
+        _check_writable("--save-failed", str(Path(folder, ".writable")))
+
+        def fetch(event: Event) -> FailedInput | None:
+            values = attempt_values(event)
+            return None if values is None else msgspec.structs.replace(given, values=values)
+
+        sink = FailedItemSink(folder, fetch=fetch)
+        self.sinks.append(sink)
+        return sink.path_of
 
     def show_progress(self) -> None:
         """Show the run on standard error."""
@@ -106,12 +111,12 @@ class Views:
         self._progress = self._open.enter_context(closing(ProgressSink()))
         self.sinks.append(self._progress)
 
-    def _write_report(self, path: str, drawing: str | None) -> None:
+    def _write_report(self, path: str, drawing: str | None, saved: Callable[[Event], Any] | None) -> None:
         from stageflow.report.fold import ReportFold
         from stageflow.report.html import write_report
 
         _check_writable("--report", path)
-        fold = ReportFold()
+        fold = ReportFold(saved)
         self.sinks.append(fold)
 
         def write() -> None:

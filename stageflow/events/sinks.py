@@ -6,6 +6,7 @@ import contextvars
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import IO, Any, Final, Protocol, runtime_checkable
 
@@ -38,11 +39,11 @@ class NoOpSink:
 
 
 class CollectingSink:
-    """Keeps events in order, for tests and notebooks; the newest `limit` of them if that is given. Thread-safe."""
+    """Keeps events in order, for tests and notebooks: all of them, or the newest `limit`, in memory that grows with
+    what is kept. Thread-safe."""
 
     def __init__(self, limit: int | None = None, *, wants_items: bool = False) -> None:
-        self._events: list[Event] = []
-        self._limit = limit
+        self._events: deque[Event] = deque(maxlen=limit)
         self._lock = threading.Lock()
         self.wants_items = wants_items
 
@@ -50,14 +51,11 @@ class CollectingSink:
         """Keep `event`."""
         with self._lock:
             self._events.append(event)
-            # Trimmed in halves, so that keeping the newest n costs O(1) per event.
-            if self._limit is not None and len(self._events) > 2 * self._limit:
-                del self._events[: -self._limit]
 
     def events(self) -> list[Event]:
         """A copy of what was kept, oldest first."""
         with self._lock:
-            return list(self._events if self._limit is None else self._events[-self._limit :])
+            return list(self._events)
 
     def of_type(self, prefix: str) -> list[Event]:
         """The kept events whose type starts with `prefix`."""
@@ -74,7 +72,7 @@ class CollectingSink:
             self._events.clear()
 
     def __len__(self) -> int:
-        return len(self.events())
+        return len(self._events)
 
 
 class LoggingSink:

@@ -208,6 +208,7 @@ class FailedItemSink:
         self._pipelines: dict[str | None, str] = {}
         self._counts: dict[str | None, int] = {}
         self._items: set[tuple[str | None, str | None]] = set()
+        self._last: tuple[str | None, str | None, tuple[int, ...] | None] | None = None
         self._environment: Mapping[str, str] | None = None
 
     def emit(self, event: Event) -> None:
@@ -226,7 +227,7 @@ class FailedItemSink:
         where = (event.run_id, event.stage)
         if event.item is not None:
             self._items.add(where)
-        elif where in self._items or "items_in" in event.data:
+        elif where in self._items:
             return  # the stage failed because of items that are saved one by one
         count = self._counts.get(event.run_id, 0)
         if count >= self._limit or self.error is not None:
@@ -248,6 +249,13 @@ class FailedItemSink:
             return
         self._counts[event.run_id] = count + 1
         self.saved += 1
+        self._last = (event.run_id, event.stage, event.item)
+
+    def path_of(self, event: Event) -> Path | None:
+        """The file the failure `event` tells of was saved to; None if it was not. To be asked by sinks attached after
+        this one, while they are told of it."""
+        told = (event.run_id, event.stage, event.item)
+        return failed_path(self.folder, event) if told == self._last else None
 
     def _input(self, event: Event) -> tuple[FailedInput | None, str | None]:
         if self._fetch is None:

@@ -147,6 +147,7 @@ class ReportFold:
         self._clock = ClockMap()
         self._attempts = RetriedAttempts()
         self._sample_gap = 0.0
+        self._failing: set[str] = set()  # stages of which an item failed
 
     # ------------------------------------------------------------ folding
 
@@ -239,9 +240,12 @@ class ReportFold:
 
     def _failed(self, event: Event) -> None:
         data = event.data
-        if event.item is None and "items_in" not in data:
+        stage = event.stage or ""
+        if event.item is not None:
+            self._failing.add(stage)
+        elif "items_in" not in data:
             self._interval(event, 1)
-        elif event.item is None and self.failures:
+        elif stage in self._failing:
             return  # the stage failed because of items that are listed already
         self.failed_items += 1
         if len(self.failures) >= MAX_FAILURES:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stageflow.context.attempt import ABSENT
 from stageflow.context.items import Piece
+from stageflow.pipeline.spec import Role
 from stageflow.runtime.book import NOTHING
 from stageflow.runtime.paths import of_segment
 
@@ -21,13 +24,23 @@ if TYPE_CHECKING:
     from stageflow.runtime.sequence import Values
 
 
-class FailingBlocks:
-    """The blocks of which an item failed in this turn, with the lists they read."""
+class FoldStep(msgspec.Struct, frozen=True):
+    """What one step of a reduce was called with: the elements of a block ("fold"; "continue": onto the one
+    accumulator), or the accumulators that were to become one ("merge"; UNSET stands for an empty block)."""
 
-    __slots__ = ("blocks",)
+    job: str
+    elements: list[Any] = []
+    accumulators: list[Any] = []
+
+
+class FailingBlocks:
+    """The blocks of which an item failed in this turn, with the lists they read, and the steps of reduces."""
+
+    __slots__ = ("_steps", "blocks")
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[int, int], list[tuple[Any, dict[int, Values]]]] = {}
+        self._steps: dict[tuple[int, int], tuple[str, list[Values | None]]] = {}  # kind and accumulators
 
     def note(self, job: Job, action: Any) -> None:
         """Hold on to what the block of `action` was given."""
@@ -40,9 +53,30 @@ class FailingBlocks:
                     held[handle] = found
         self.blocks.setdefault((job.id, action.stage), []).append((action.segments, held))
 
+    def note_step(self, job: Job, action: Any) -> None:
+        """Hold on to what a step of a reduce was given."""
+        self.note(job, action)
+        handles = job.book.handles
+        self._steps[job.id, action.stage] = (action.job, [handles.get(handle) for handle in action.accumulators])
+
     def clear(self) -> None:
         """The turn is over."""
         self.blocks.clear()
+        self._steps.clear()
+
+    def step(self, job: Job, stage: int) -> FoldStep | None:
+        """The step of this reduce that failed; None where none is known."""
+        found = self._steps.get((job.id, stage))
+        if found is None:
+            return None
+        kind, accumulators = found
+        segments, held = self.blocks[job.id, stage][-1]
+        elements = _columns(segments, held) if segments else []
+        if elements is None:
+            return None
+        # an accumulator is a value of its own, not a list of items
+        loaded: list[Any] = [ABSENT if values is None else values.load() for values in accumulators]
+        return FoldStep(kind, elements[0] if elements else [], loaded)
 
     def elements(self, job: Job, stage: int, item: tuple[int, ...]) -> list[Any] | None:
         """The element of the item, one per column, of the last block that had it; None where none is known."""
@@ -64,25 +98,30 @@ class FailingBlocks:
         for segments, held in reversed(self.blocks.get((job.id, stage), ())):
             if not any(path == item for segment in segments for _, path in of_segment(segment, held)):
                 continue
-            width = len(segments[0][3])
-            made: list[list[Any]] = [[] for _ in range(width)]
-            for lo, hi, mask, columns in segments:
-                for number, (handle, at) in enumerate(columns):
-                    if handle not in held:
-                        return None
-                    count = Piece(lo, hi, mask, ()).count()
-                    places = range(at, at + count) if isinstance(at, int) else at
-                    values = held[handle].load()
-                    made[number].extend(values[place] for place in places)
-            return made
+            return _columns(segments, held)
         return None
+
+
+def _columns(segments: Any, held: dict[int, Values]) -> list[list[Any]] | None:
+    """The elements of all segments, column by column; None where a list of them is gone."""
+    made: list[list[Any]] = [[] for _ in segments[0][3]]
+    for lo, hi, mask, columns in segments:
+        for number, (handle, at) in enumerate(columns):
+            if handle not in held:
+                return None
+            count = Piece(lo, hi, mask, ()).count()
+            places = range(at, at + count) if isinstance(at, int) else at
+            values = held[handle].load()
+            made[number].extend(values[place] for place in places)
+    return made
 
 
 def attempt_values(event: Event) -> dict[str, Any] | None:
     """The values that the failed attempt of `event` (a `stage.failed`) was called with, by the name of the stage or
     input they came from. None where the engine no longer has them.
 
-    To be called by a sink while the event is emitted. Dependencies that gave no value are None.
+    To be called by a sink while the event is emitted. Dependencies that gave no value are None. What a reduce folded
+    is a `FoldStep`, by the name of what it folds over.
     """
     from stageflow.runtime.running import live_drivers
 
@@ -107,7 +146,13 @@ def _values(driver: Driver, job: Job, stage: int, item: tuple[int, ...] | None) 
             elif book.values[source] is not NOTHING and book.values[source] is not ABSENT:
                 value = book.value(source)
             found[graph.specs[source].name] = value
+    over = graph.specs[spec.over].name if spec.over >= 0 else str(spec.over_input)
     if item is None:
+        if spec.role in (Role.MAP, Role.SINK):
+            return None  # the stage as a whole failed, not one call of it
+        if spec.role is Role.REDUCE:
+            found[over] = driver.failing.step(job, stage)
+            return None if found[over] is None else found
         return found
     ask = driver.failing.elements if spec.policies.batch is None else driver.failing.batch
     elements = ask(job, stage, item)
@@ -117,8 +162,6 @@ def _values(driver: Driver, job: Job, stage: int, item: tuple[int, ...] | None) 
     for number, element in enumerate(elements):
         if number < len(producers):
             found[graph.specs[producers[number]].name] = element
-        elif spec.over >= 0:
-            found[graph.specs[spec.over].name] = element
         else:
-            found[str(spec.over_input)] = element
+            found[over] = element
     return found

@@ -472,6 +472,8 @@ class Outcomes(DriverCounters):
                 ended.nbytes = sized(outcome.value)
                 job.book.hold(ended.handle, Values(outcome.value, None, ended.nbytes))
         else:
+            if job.listening:
+                self.failing.note_step(job, action)
             self._unsuccessful(running, ended, outcome)
         self.signal(ended)
 

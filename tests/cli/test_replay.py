@@ -142,3 +142,100 @@ def test_the_item_that_killed_its_workers_is_saved_with_its_element(folder):
     assert "SIGKILL" in json.dumps(failed.error_info)
     again = stageflow(folder, "replay", str(saved))
     assert (again.returncode, again.stdout) == (0, "it succeeds now: 3\n")
+
+
+REDUCES = """
+    from stageflow import PipelineBuilder, StageKind, stage
+
+    def load(count: int):
+        yield from range(count)
+
+    @stage(kind=StageKind.ENRICH)
+    async def ask(load: int) -> int:
+        if load == 5:
+            raise ConnectionError("no answer for 5")
+        return load
+
+    @stage(kind=StageKind.GUARD)
+    def check(count: int) -> int:
+        raise PermissionError(f"{count} are too many")
+
+    def add(acc: int, load: int, count: int) -> int:
+        if load == 300:
+            raise ValueError(f"{load} of {count} onto {acc}")
+        return acc + load
+
+    async def late(acc: int, load: int) -> int:
+        if load == 300:
+            raise ValueError(f"late {load} onto {acc}")
+        return acc + load
+
+    def first(acc: int, load: int) -> int:
+        if load == 3:
+            raise ValueError(f"first {load} onto {acc}")
+        return acc + load
+
+    def gather(acc: list, load: int) -> list:
+        return [*acc, load]
+
+    def join(a: list, b: list) -> list:
+        if b[0] == 512:
+            raise IndexError(f"from {a[0]} to {b[-1]}")
+        return a + b
+
+    def source(count: int):
+        yield count
+        raise OSError("the source is gone")
+
+    def make(lane):
+        b = PipelineBuilder("reduces").stage("load", load).map("ask", ask, over="load").stage("check", check)
+        b = b.reduce("add", add, over="load", initial=0, executor=lane)
+        b = b.reduce("late", late, over="load", initial=0, executor="async")
+        b = b.reduce("first", first, over="load", executor=lane)
+        b = b.reduce("blocks", add, over="load", initial=0, combine=int.__add__, executor=lane, inputs={"load": "load"})
+        return b.reduce("join", gather, over="load", initial=[], combine=join, executor=lane).build()
+
+    thread, process = make("thread"), make("process")
+    sources = PipelineBuilder("sources").stage("source", source).map("ask", lambda source: source, "source").build()
+"""
+
+#: stage -> what the replay must end with
+REDUCED = {
+    "ask": "ConnectionError: no answer for 5",
+    "check": "PermissionError: 600 are too many",
+    "add": "ValueError: 300 of 600 onto 44850",
+    "late": "ValueError: late 300 onto 44850",
+    "first": "ValueError: first 3 onto 3",
+    "blocks": "ValueError: 300 of 600 onto 12210",
+    "join": "IndexError: from 0 to 599",
+}
+
+
+@pytest.mark.parametrize("lane", ["thread", "process"])
+def test_steps_of_reduces_coroutines_and_guards_fail_again_from_their_files(tmp_path, lane):
+    (tmp_path / "shop.py").write_text(textwrap.dedent(REDUCES))
+    done = stageflow(
+        tmp_path, "run", f"shop.py:{lane}", "-i", "count=600", "--save-failed", "failed", "--failure-mode",
+        "best_effort", "--report", "r.html",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    found = {one.stage: one for one in map(load_failed, find_failed(tmp_path / "failed"))}
+    assert set(found) == set(REDUCED)
+    page = (tmp_path / "r.html").read_text()
+    for stage, one in found.items():
+        assert one.has_input, (stage, one.input_error)
+        assert f"stageflow replay {os.path.relpath(one.path, tmp_path)} --pdb" in page
+        if lane == "process" or stage in ("ask", "join"):
+            again = stageflow(tmp_path, "replay", one.path)
+            assert again.returncode == 1
+            assert REDUCED[stage] in again.stderr, again.stderr
+    looked = stageflow(tmp_path, "replay", found["add"].path, "--pdb", text="p acc * 10\nq\n")
+    assert "448500" in looked.stdout
+
+
+def test_a_source_fails_again_from_its_file(tmp_path):
+    (tmp_path / "shop.py").write_text(textwrap.dedent(REDUCES))
+    stageflow(tmp_path, "run", "shop.py:sources", "-i", "count=2", "--save-failed", "failed")
+    (saved,) = find_failed(tmp_path / "failed")
+    again = stageflow(tmp_path, "replay", str(saved))
+    assert (again.returncode, "OSError: the source is gone" in again.stderr) == (1, True)
