@@ -107,7 +107,9 @@ def isolate(
         builder.stage(spec.name, runner, wanted, kind=spec.kind, inputs=renames)
     else:
         after = [name for name in wanted if name != over]
-        builder.reduce(spec.name, runner, str(over), after=after, kind=spec.kind, inputs=renames, **_initial(spec, step))
+        builder.reduce(
+            spec.name, runner, str(over), after=after, kind=spec.kind, inputs=renames, **_initial(spec, step)
+        )
     return builder.build(), dict(inputs)
 
 

@@ -15,8 +15,9 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.events.names import SPANS_RECORDED
@@ -49,6 +50,7 @@ def span_id_of(run_id: str, *parts: object) -> str:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, person=b"stageflow-span").hexdigest()
 
 
+@lru_cache(maxsize=256)  # blocks of one stage have the same
 def parse_traceparent(text: str | None) -> tuple[str, str, int] | None:
     """Trace id, span id and flags of a W3C traceparent; None for anything that is not one."""
     if not text:
@@ -101,10 +103,9 @@ def current_traceparent() -> str | None:
 # ---------------------------------------------------------------- in the attempt
 
 
-@contextmanager
 def attempt_scope(
     port: WorkerPort | None, extras: Mapping[str, Any] | None, item: tuple[int, ...] | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Make the trace context in `extras` the current one; afterwards send what was recorded here to the parent.
 
     Costs a dictionary look-up when there is none. In lanes of the engine's own process the user's provider exports
@@ -112,26 +113,48 @@ def attempt_scope(
     """
     text = extras.get(TRACEPARENT) if extras else None
     parsed = parse_traceparent(text)
-    if parsed is None:
-        yield
-        return
-    try:
-        collector = _collector() if port is not None and port.lane == "process" else None
-        token = _attach(text or "", parsed)
-    except Exception:
-        yield  # a broken tracing set-up is no reason to fail a stage
-        return
-    try:
-        yield
-    finally:
-        _detach(token)
-        if collector is not None and port is not None:
-            spans, dropped = collector.take(parsed[0])
-            if spans or dropped:
-                told: dict[str, Any] = {"type": SPANS_RECORDED, "data": {"spans": spans, "dropped": dropped}}
-                if item is not None:
-                    told["item"] = list(item)
-                port.note("event", told)
+    return _NO_SCOPE if parsed is None else _Scope(port, text or "", parsed, item)
+
+
+_NO_SCOPE: Final[AbstractContextManager[None]] = nullcontext()
+
+
+class _Scope:
+    """The trace context of one attempt. A class, since blocks of tiny items enter one for every few of them."""
+
+    __slots__ = ("_collector", "_item", "_parsed", "_port", "_text", "_token")
+
+    def __init__(
+        self, port: WorkerPort | None, text: str, parsed: tuple[str, str, int], item: tuple[int, ...] | None
+    ) -> None:
+        self._port = port
+        self._text = text
+        self._parsed = parsed
+        self._item = item
+        self._collector: SpanCollector | None = None
+        self._token: Any = None
+
+    def __enter__(self) -> None:
+        port = self._port
+        try:
+            alone = port is not None and port.lane == "process"
+            self._collector = _collector() if alone else None
+            self._token = _attach(self._text, self._parsed)
+        except Exception:
+            self._port = None  # a broken tracing set-up is no reason to fail a stage
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            _detach(self._token)
+        collector, port = self._collector, self._port
+        if collector is None or port is None or collector.is_empty:
+            return
+        spans, dropped = collector.take(self._parsed[0])
+        if spans or dropped:
+            told: dict[str, Any] = {"type": SPANS_RECORDED, "data": {"spans": spans, "dropped": dropped}}
+            if self._item is not None:
+                told["item"] = list(self._item)
+            port.note("event", told)
 
 
 class Traced:
@@ -241,6 +264,11 @@ class SpanCollector:
         """Nothing is buffered that an attempt would not take."""
         return True
 
+    @property
+    def is_empty(self) -> bool:
+        """True while nothing waits to be taken."""
+        return not self._spans
+
     def take(self, trace_id: str) -> tuple[list[dict[str, Any]], int]:
         """The spans of a trace that ended since the last call, and how many were dropped."""
         with self._lock:
@@ -254,6 +282,9 @@ _install_lock = threading.Lock()
 def _collector() -> SpanCollector | None:
     """This worker's collector, on a provider of our own; None where the user configured a provider in the worker."""
     global _installed
+    known = _installed
+    if known is not None and known[0] == os.getpid():
+        return known[1]
     with _install_lock:
         # A forked child starts anew: the parent's collector is not its own.
         if _installed is None or _installed[0] != os.getpid():

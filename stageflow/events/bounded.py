@@ -90,6 +90,11 @@ class BoundedSink:
         return bool(getattr(self.downstream, "wants_items", False))
 
     @property
+    def wants_blocks(self) -> bool:
+        """As the sink behind it."""
+        return bool(getattr(self.downstream, "wants_blocks", False))
+
+    @property
     def queue_size(self) -> int:
         """Events that wait."""
         return len(self._queue)

@@ -23,17 +23,18 @@ _ITEMS: Final = names.STAGE_ITEMS
 #: Events that wait for one async sink. Beyond it new ones are dropped and counted: memory stays bounded.
 MAX_WAITING: Final = 10_000
 #: Seconds after which held blocks are passed on when nothing else happens.
-_HELD_AT_MOST: Final = 0.05
+_HELD_AT_MOST: Final = 0.2
 
 
 class _Entry:
     """One attached sink and what became of its events."""
 
-    __slots__ = ("dropped", "errors", "is_async", "loop", "sink", "task", "waiting", "wants_items")
+    __slots__ = ("dropped", "errors", "is_async", "loop", "sink", "task", "waiting", "wants_blocks", "wants_items")
 
     def __init__(self, sink: EventSink) -> None:
         self.sink = sink
         self.wants_items = bool(getattr(sink, "wants_items", False))
+        self.wants_blocks = bool(getattr(sink, "wants_blocks", False))
         self.is_async = inspect.iscoroutinefunction(sink.emit)
         self.waiting: deque[Event | Awaitable[None]] = deque()
         self.task: asyncio.Task[None] | None = None
@@ -81,6 +82,8 @@ class FanOut:
         self.listening = False
         self.wants_items = False
         self.wants_spans = False
+        self._of_blocks: tuple[_Entry, ...] = ()  # sinks that are given blocks as they come
+        self._of_merged: tuple[_Entry, ...] = ()  # all others
         for sink in sinks:
             self.add(sink)
 
@@ -108,6 +111,8 @@ class FanOut:
     def _set(self, entries: tuple[_Entry, ...]) -> None:
         self._entries = entries
         self.listening = bool(entries)
+        self._of_blocks = tuple(entry for entry in entries if entry.wants_blocks)
+        self._of_merged = tuple(entry for entry in entries if not entry.wants_blocks) if self._of_blocks else entries
         self.wants_items = any(entry.wants_items for entry in entries)
         single = len(entries) == 1 and self._redact is None and not self.wants_items
         self._only = entries[0] if single and not entries[0].is_async else None
@@ -157,22 +162,24 @@ class FanOut:
             return
         with self._lock:
             if event.type == names.STAGE_ITEMS:
+                if self._of_blocks:
+                    self._pass_on(event, self._of_blocks)
                 if self._timer is None:
                     loop = _loop_here()
                     if loop is None:
-                        self._pass_on(event)  # nobody could pass on later what is held now
+                        self._pass_on(event, self._of_merged)  # nobody could pass on later what is held now
                         return
                     self._timer_loop = loop
                 now = self._merger.add(event)
                 if now is not None:
                     for block in now:
-                        self._pass_on(block)
+                        self._pass_on(block, self._of_merged)
                 elif self._timer is None and self._timer_loop is not None:
                     self._timer = self._timer_loop.call_later(_HELD_AT_MOST, self._flush_blocks)
                 return
             if self._merger.holds:
                 self._flush_blocks()
-            self._pass_on(event)
+            self._pass_on(event, self._entries)
 
     def emit_all(self, events: Sequence[Event]) -> None:
         """`emit` of each, in order."""
@@ -202,17 +209,17 @@ class FanOut:
             if timer is not None and self._timer_loop is _loop_here():
                 timer.cancel()
             for block in self._merger.take():
-                self._pass_on(block)
+                self._pass_on(block, self._of_merged)
 
-    def _pass_on(self, event: Event) -> None:
+    def _pass_on(self, event: Event, entries: tuple[_Entry, ...]) -> None:
         if self._redact is not None:
             shown = self._redacted(event)
             if shown is None:
                 return
             event = shown
-        for entry in self._entries:
+        for entry in entries:
             self._give(entry, event)
-        if self.wants_items:
+        if self.wants_items and entries is not self._of_blocks:
             self._expand(event)
 
     def _redacted(self, event: Event) -> Event | None:

@@ -12,10 +12,10 @@ from stageflow.events.event import Event
 #: A block after a quiet time is passed on at once; one that follows another within this is held for its neighbours.
 QUIET_NS: Final = 10_000_000
 #: No block is held longer than this, as long as anything happens; the fan-out's timer sees to it when nothing does.
-HELD_NS: Final = 30_000_000
+HELD_NS: Final = 150_000_000
 
 _Key = tuple[str | None, str | None, int | None]
-_SUMS: Final = ("ok", "dropped", "failed", "seconds", "cpu_seconds", "bytes_in", "bytes_out")
+_SUMS: Final = ("ok", "dropped", "failed", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "queued_ms")
 
 
 class BlockMerger:
@@ -73,19 +73,26 @@ def _merged(group: list[Event]) -> Event:
         data["ranges"] = ranges
     else:
         data.pop("ranges", None)
-    for name in _SUMS:
-        data[name] = sum(event.data.get(name) or 0 for event in group)
-    if stopped := sum(event.data.get("cancelled") or 0 for event in group):
+    sums = dict.fromkeys(_SUMS, 0)
+    emitted, stopped, tells = 0, 0, False
+    for event in group:
+        get = event.data.get
+        for name in _SUMS:
+            value = get(name)
+            if value:
+                sums[name] += value
+        stopped += get("cancelled") or 0
+        left = get("emitted")
+        tells = tells or left is not None
+        emitted += (get("ok") or 0) if left is None else left
+    data.update(sums)
+    if stopped:
         data["cancelled"] = stopped
-    if any(event.data.get("emitted") is not None for event in group):
-        data["emitted"] = sum(
-            event.data["emitted"] if event.data.get("emitted") is not None else event.data.get("ok") or 0
-            for event in group
-        )
+    if tells:
+        data["emitted"] = emitted
     slowest = max(group, key=_seconds_of_longest).data
     data["max_seconds"] = _longest(slowest)
     data["longest"] = slowest.get("longest") or [slowest.get("lo"), slowest.get("hi")]
-    data["queued_ms"] = sum(event.data.get("queued_ms") or 0.0 for event in group)
     starts = [event.data["started"] for event in group if event.data.get("started")]
     data["started"] = min(starts) if starts else 0.0
     return msgspec.structs.replace(last, data=data)

@@ -23,7 +23,8 @@ class EventSink(Protocol):
     """Receives every event of the runs it is attached to.
 
     `emit` may be sync or async; what it raises is reported once and dropped. A sink that sets `wants_items = True` is
-    given one `stage.completed` per map item besides the block that reports them together. A sink may have `close()`.
+    given one `stage.completed` per map item besides the block that reports them together; one with `wants_blocks =
+    True` is given blocks as they come, where others get several at once. A sink may have `close()`.
     """
 
     def emit(self, event: Event) -> Awaitable[None] | None:
@@ -199,6 +200,11 @@ class RedactingSink:
     def wants_items(self) -> bool:
         """As the sink behind it."""
         return bool(getattr(self.downstream, "wants_items", False))
+
+    @property
+    def wants_blocks(self) -> bool:
+        """As the sink behind it."""
+        return bool(getattr(self.downstream, "wants_blocks", False))
 
     def emit(self, event: Event) -> Awaitable[None] | None:
         """Redact and pass on."""

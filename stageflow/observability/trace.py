@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterable
 from typing import IO, Any, Final
 
 import msgspec
@@ -17,6 +18,7 @@ from stageflow.events import names
 from stageflow.events.catalogue import as_text, plain
 from stageflow.events.event import Event
 from stageflow.events.files import PieceWriter
+from stageflow.events.merging import BlockMerger
 from stageflow.observability.attempts import RetriedAttempts
 from stageflow.observability.clock import ClockMap
 
@@ -24,8 +26,16 @@ from stageflow.observability.clock import ClockMap
 ENGINE: Final = 1
 #: Side-by-side tracks of one lane. What overlaps more than this goes to free-floating slices.
 MAX_TRACKS: Final = 64
+#: Slices of blocks drawn one by one; later ones are merged as for other sinks, so that a day fits into a file.
+DETAILED: Final = 100_000
 #: Blocks of a stage to which an arrow can still start.
 _RECENT: Final = 64
+
+_CLOSING: Final = names.STAGE_ENDED | names.RUN_ENDED
+#: Of a block, what its slice shows.
+_SHOWN: Final = (
+    "ok", "dropped", "failed", "cancelled", "emitted", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "queued_ms",
+)  # fmt: skip
 
 _encode = msgspec.json.Encoder(enc_hook=as_text).encode
 
@@ -71,9 +81,9 @@ class _RunTrace:
         self.clock.span(event)
         self.started_ns = event.time_unix_ns
         self.pipeline = event.data.get("pipeline") or "run"
-        self.parents: dict[str, list[str]] = {}
-        for edge in event.data.get("edges") or ():
-            self.parents.setdefault(edge[1], []).append(edge[0])
+        self.parents: dict[str, list[tuple[str, bytes]]] = {}  # and the name of the arrow from there, as JSON
+        for source, target in event.data.get("edges") or ():
+            self.parents.setdefault(target, []).append((source, _encode(f"{source} to {target}")))
         self.recent: dict[str, deque[_Slice]] = {}
 
 
@@ -83,6 +93,9 @@ class TraceSink:
     Call `close()` when the engine is done; a full disk is reported once and ends only the trace. Not thread-safe by
     itself: attach it to a `FanOut`.
     """
+
+    #: blocks as they come, not merged: a slice each
+    wants_blocks = True
 
     def __init__(self, target: str | os.PathLike[str] | IO[bytes]) -> None:
         self._writer = PieceWriter(target, what="the trace", append=False)
@@ -94,9 +107,10 @@ class TraceSink:
         self._named: set[tuple[int, int]] = set()
         self._flow = 0
         self._attempts = RetriedAttempts()
+        self._detailed = 0
+        self._merger = BlockMerger()
         self._handlers = {
             names.RUN_STARTED: self._run_started,
-            names.STAGE_ITEMS: self._block,
             names.STAGE_COMPLETED: self._ended,
             names.STAGE_FAILED: self._failed,
             names.STAGE_RETRYING: self._mark,
@@ -128,6 +142,15 @@ class TraceSink:
         if not self._origin:
             self._origin = event.time_unix_ns
             self._name(ENGINE, 0, "engine")
+        if event.type == names.STAGE_ITEMS:
+            if self._detailed < DETAILED:
+                self._detailed += 1
+                self._block(event)
+            else:
+                self._blocks(self._merger.add(event) or ())
+            return
+        if self._merger.holds and event.type in _CLOSING:
+            self._blocks(self._merger.take())
         if event.type in names.RUN_ENDED:
             self._run_ended(event)
             return
@@ -150,7 +173,9 @@ class TraceSink:
 
     def _out(self, ph: str, name: str, ts_ns: int, pid: int, tid: int, **more: Any) -> None:
         record = {"ph": ph, "name": name, "ts": (ts_ns - self._origin) / 1000.0, "pid": pid, "tid": tid, **more}
-        line = _encode(record)
+        self._line(_encode(record))
+
+    def _line(self, line: bytes) -> None:
         self._writer.write((b"[\n" if self._first else b",\n") + line)
         self._first = False
 
@@ -208,23 +233,22 @@ class TraceSink:
             return
         pid, tid, start, end = drawn
         begin, finish = (start - self._origin) / 1000.0, (end - self._origin) / 1000.0
-        for parent in run.parents.get(event.stage, ()):
+        for parent, name in run.parents.get(event.stage, ()):
             for source in reversed(run.recent.get(parent, ())):
                 if source.hi > lo >= source.lo or source.hi < 0:
                     self._flow += 1
                     # An arrow may not point back in time; clocks of two processes differ by microseconds.
-                    leave = min(source.end, begin)
-                    name = f"{parent} to {event.stage}"
-                    self._raw("s", name, leave, source.pid, source.tid, id=self._flow, cat="flow")
-                    self._raw("f", name, begin, pid, tid, id=self._flow, cat="flow", bp="e")
+                    leave = source.end if source.end < begin else begin
+                    self._line(
+                        b'{"ph":"s","name":%b,"ts":%.3f,"pid":%d,"tid":%d,"id":%d,"cat":"flow"},\n'
+                        b'{"ph":"f","name":%b,"ts":%.3f,"pid":%d,"tid":%d,"id":%d,"cat":"flow","bp":"e"}'
+                        % (name, leave, source.pid, source.tid, self._flow, name, begin, pid, tid, self._flow)
+                    )
                     break
         recent = run.recent.get(event.stage)
         if recent is None:
             recent = run.recent[event.stage] = deque(maxlen=_RECENT)
         recent.append(_Slice(lo, hi, pid, tid, finish))
-
-    def _raw(self, ph: str, name: str, ts: float, pid: int, tid: int, **more: Any) -> None:
-        self._out(ph, name, self._origin + round(ts * 1000.0), pid, tid, **more)
 
     # ------------------------------------------------------------ events
 
@@ -246,13 +270,20 @@ class TraceSink:
         self._out("e", run.pipeline, event.time_unix_ns, ENGINE, 1, cat="run", id=ident)
         self._writer.flush()
 
+    def _blocks(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._block(event)
+
     def _block(self, event: Event) -> None:
         data = event.data
         lo, hi = data.get("lo") or 0, data.get("hi") or 0
-        shown = ("ok", "dropped", "failed", "emitted", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "queued_ms")
-        args = {key: data[key] for key in shown if data.get(key) is not None}
+        args: dict[str, Any] = {"run": event.run_id}
+        for key in _SHOWN:
+            value = data.get(key)
+            if value is not None:
+                args[key] = value
         name = f"{event.stage} {lo}" if hi - lo == 1 else f"{event.stage} {lo}-{hi - 1}"
-        drawn = self._slice(event, name, {"run": event.run_id, **args})
+        drawn = self._slice(event, name, args)
         if drawn is not None:
             self._arrows(event, drawn, lo, hi)
 

@@ -7,7 +7,7 @@ from stageflow.events.catalogue import StageItems, typed
 from stageflow.events.event import Event
 from stageflow.events.fanout import FanOut, items_of
 from stageflow.events.merging import BlockMerger
-from stageflow.events.sinks import CollectingSink
+from stageflow.events.sinks import CollectingSink, RedactingSink
 
 MS = 1_000_000
 
@@ -51,7 +51,7 @@ def test_neighbours_of_one_worker_become_one() -> None:
 def test_nothing_is_held_for_long() -> None:
     merger = BlockMerger()
     merger.add(block(1, 100, 0, 1))
-    passed = [merger.add(block(n, 100 + 4 * n, n, n + 1)) for n in range(1, 12)]
+    passed = [merger.add(block(n, 100 + 4 * n, n, n + 1)) for n in range(1, 60)]
     assert any(passed)
 
 
@@ -114,3 +114,18 @@ def test_without_a_loop_nothing_is_held() -> None:
     for n in range(5):
         fan.emit(block(n, 100 + n, n, n + 1))
     assert len(kept) == 5
+
+
+async def test_a_sink_that_wants_blocks_gets_each_once_as_it_comes_and_others_get_them_merged() -> None:
+    class Each(CollectingSink):
+        wants_blocks = True
+
+    each, merged = Each(), CollectingSink()
+    fan = FanOut([each, RedactingSink(Each(), lambda event: event), merged])
+    for n in range(5):
+        fan.emit(block(n, 100 + n, n, n + 1))
+    assert (len(each), len(merged)) == (5, 1)
+    fan.emit(Event("stage.completed", 200 * MS, 9, "r", "a"))
+    assert [e.seq for e in each.events()] == [0, 1, 2, 3, 4, 9]
+    assert [e.data.get("ok") for e in merged.events()] == [1, 4, None]
+    assert [e.seq for e in fan.sinks[1].downstream.events()] == [0, 1, 2, 3, 4, 9]  # type: ignore[attr-defined]

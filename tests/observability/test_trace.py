@@ -115,6 +115,20 @@ def test_blocks_and_items_agree_with_the_run(docs_run: list[Event]) -> None:
     assert sum(r["args"]["failed"] for r in slices) == 2
 
 
+def test_beyond_the_limit_of_detail_blocks_are_merged_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stageflow.observability.trace.DETAILED", 10)
+    began = 1_700_000_000_000_000_000
+    events = [Event("run.started", began, 0, "r", data={"stages": ["a"], "monotonic": 5.0})]
+    for n in range(1000):
+        data = {"lo": n, "hi": n + 1, "ok": 1, "seconds": 0.001, "worker_pid": 7, "started": 5.0 + n / 1000}
+        events.append(Event("stage.items", began + (n + 1) * 1_000_000, n + 1, "r", "a", None, 1, "process", data))
+    events.append(Event("stage.completed", began + 1_002_000_000, 1002, "r", "a", data={"items_in": 1000}))
+    events.append(Event("run.completed", began + 1_003_000_000, 1003, "r", data={"status": "completed"}))
+    slices = [r for r in trace(events) if r["ph"] == "X"]
+    assert 15 < len(slices) < 30
+    assert sum(r["args"]["ok"] for r in slices) == 1000
+
+
 def test_arrows_start_and_end_inside_slices_and_point_forward(docs_run: list[Event]) -> None:
     records = trace(docs_run)
     slices = [r for r in records if r["ph"] == "X"]

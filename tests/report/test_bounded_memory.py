@@ -89,6 +89,13 @@ class _Add:
         self.emit = fold.add
 
 
+class _Forgetting(io.TextIOBase):
+    """A stream that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class _Nowhere:
     def emit(self, event: Event) -> None:
         """Forget it."""
@@ -101,7 +108,7 @@ def _tracer() -> TracerProvider:
 VIEWS: dict[str, Callable[[Path], Any]] = {
     "stats": lambda folder: _Add(StatsFold()),
     "progress fold": lambda folder: _Add(ProgressFold()),
-    "progress": lambda folder: ProgressSink(io.StringIO()),
+    "progress": lambda folder: ProgressSink(_Forgetting()),
     "report": lambda folder: ReportFold(),
     "live page": lambda folder: LivePage(),
     "prometheus": lambda folder: PrometheusSink(),
