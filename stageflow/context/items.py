@@ -32,9 +32,9 @@ from stageflow.core.worker import stop_of, stops_item
 if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
 
-REPORT_SECONDS: Final = 0.001  # finished results that a lost worker would take with it
+REPORT_SECONDS: Final = 0.01  # finished results that a lost worker would take with it
 PART_BYTES: Final = 256 << 10  # results that weigh this much are reported without waiting for more
-SLICE_SECONDS: Final = 0.004  # a block is given back after this much work; benchmarks/streams shows 1-8 ms alike
+SLICE_SECONDS: Final = 0.04  # a block is given back after this much work: twice what the largest is meant to take
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):

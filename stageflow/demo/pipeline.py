@@ -24,6 +24,13 @@ from stageflow.demo.page import Package, render
 from stageflow.demo.source import Parsed, SourceFile, Words, analyse, python_files, words_of
 
 
+class Page(msgspec.Struct, frozen=True):
+    """What the package service answers."""
+
+    pages: int
+    packages: list[Package]
+
+
 class Summary(msgspec.Struct, frozen=True):
     """What the run made."""
 
@@ -65,16 +72,21 @@ def terms(parse: Parsed) -> Words:
 
 @stage(kind=StageKind.ENRICH, timeout=20, retry=RetryConfig(max_attempts=3, base_delay_ms=100))
 async def packages(service: str) -> list[Package] | StageOutput:
-    """A coroutine runs on the event loop, where a hundred requests wait at once and cost nothing."""
+    """A coroutine runs on the event loop, where any number of requests wait at once and cost nothing."""
     try:
         import httpx
     except ImportError:
         return StageOutput.skip("httpx is not installed (pip install 'stageflow[web]')")
     # `verify=False` since this is plain HTTP on loopback: loading the certificates of the world would take longer.
     async with httpx.AsyncClient(base_url=service, verify=False, trust_env=False, timeout=10) as http:
-        names = (await http.get("/packages")).raise_for_status().json()
-        replies = await asyncio.gather(*(http.get(f"/packages/{name}") for name in names))
-    return [msgspec.json.decode(reply.raise_for_status().content, type=Package) for reply in replies]
+
+        async def page(number: int) -> Page:
+            reply = await http.get("/packages", params={"page": number})
+            return msgspec.json.decode(reply.raise_for_status().content, type=Page)
+
+        first = await page(1)
+        rest = await asyncio.gather(*map(page, range(2, first.pages + 1)))
+    return [package for each in (first, *rest) for package in each.packages]
 
 
 # In a process of its own, since that is where the index is: it never passes through the parent.

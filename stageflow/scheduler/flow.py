@@ -23,7 +23,7 @@ from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.backpressure import SPILL_SHARE, pull_bytes, pull_count
 from stageflow.scheduler.books import Run
-from stageflow.scheduler.layout import MAX_BLOCK
+from stageflow.scheduler.layout import BRIEF, MAX_BLOCK
 from stageflow.scheduler.ranges import NOTHING, TOO_LARGE, end_of, is_gone, no_reason
 from stageflow.scheduler.states import ENDED, StageState
 from stageflow.scheduler.streams import Chunk, Fold, Frontier, Join, Segment, Stream
@@ -48,7 +48,8 @@ class FlowRules:
         run.streams[stage] = stream
         policies = spec.policies
         role = layout.roles[stage]
-        stream.can_block = bool(layout.block[stage])
+        stream.can_block = layout.block[stage] > 0
+        stream.brief = layout.block[stage] == BRIEF
         stream.keeps = stage in layout.keeps or stage in layout.collectors
         if stage in layout.collectors:
             stream.spill = all(
@@ -496,6 +497,17 @@ class FlowRules:
 
     def _held_back(self: Machine, run: Run, stream: Stream) -> str | None:
         """Why no more may start, None when it may: the readers have enough, bytes or memory are short."""
+        if self._is_fed(run, stream, 1):
+            return "downstream"
+        if self.memory or self.pressure >= 2 or self.policies:
+            return self._refused(run, stream, 1, "start")
+        return None
+
+    def _is_fed(self: Machine, run: Run, stream: Stream, part: int) -> bool:
+        """Whether a reader has enough waiting, or that divided by `part`.
+
+        Who was held back goes on at the half: short items then come in blocks. One at a time, each would cost a block.
+        """
         for reader in self._outlet(run, stream).readers:
             slots = self.lanes[run.layout.lanes[reader.stage]].slots
             most = 4 * slots * (reader.block_size(slots, MAX_BLOCK) if reader.can_block else 1) + 16
@@ -503,11 +515,9 @@ class FlowRules:
                 most += 2 * slots * reader.batch
             if reader.fold is not None:
                 most += reader.fold.block * (slots + 2)
-            if reader.ready_count >= most:
-                return "downstream"
-        if self.memory or self.pressure >= 2 or self.policies:
-            return self._refused(run, stream, 1, "start")
-        return None
+            if reader.ready_count * part >= most:
+                return True
+        return False
 
     # ------------------------------------------------------------ blocks come back
 

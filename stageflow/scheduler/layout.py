@@ -15,6 +15,9 @@ from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
 
+#: how the items of a stage may be handed over: in blocks, or so only where each takes no longer than the hand-over
+BLOCKS: Final = 1
+BRIEF: Final = 2
 #: items a block of a short stage may have
 MAX_BLOCK: Final = 512
 
@@ -167,8 +170,11 @@ class Layout:
         strict = spec.role == Role.SINK and policies.ordered and policies.retry is not None
         # what acts around an attempt sees one item at a time
         around = policies.idempotency is not None or bool(policies.interceptors)
-        if spec.kind is StageKind.TRANSFORM and not (timed or strict or around) and spec.role in (Role.MAP, Role.SINK):
-            self.block[i] = 1
+        if not (timed or strict or around) and spec.role in (Role.MAP, Role.SINK):
+            if spec.kind is StageKind.TRANSFORM:
+                self.block[i] = BLOCKS
+            elif self.lanes[i] == "thread":
+                self.block[i] = BRIEF
 
     def _unread(self, i: int) -> bool:
         return not self.readers.get(i) and i not in self.collectors

@@ -669,8 +669,11 @@ class Machine(
         if run.blocked:
             blocked, run.blocked = run.blocked, []
             for stream in blocked:
-                stream.blocked = False
-                self._offer(run, stream, now)
+                if stream.pending == "downstream" and self._is_fed(run, stream, 2):
+                    run.blocked.append(stream)
+                else:
+                    stream.blocked = False
+                    self._offer(run, stream, now)
         self._pull_sources(run, now)
 
     def _check_over(self, run: Run, now: float) -> None:

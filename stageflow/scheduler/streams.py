@@ -18,6 +18,10 @@ from stageflow.core.output import ErrorInfo
 
 #: seconds of work a block aims at; 0.25 to 4 ms cannot be told apart for no-ops, longer ones cost the tail
 BLOCK_SECONDS: Final = 0.002
+#: as much where more is waiting than every slot needs: a hand-over costs the one parent 0.3 ms, whoever does the work
+AMPLE_SECONDS: Final = 0.02
+#: as much of what blocks on something outside: a thread for each item gains nothing where starting it takes as long
+BRIEF_SECONDS: Final = 0.0005
 SMOOTHING: Final = 0.3
 
 
@@ -369,6 +373,7 @@ class Stream:
         "batch_group",
         "batch_timer",
         "blocked",
+        "brief",
         "came",
         "can_block",
         "cancelled",
@@ -464,6 +469,7 @@ class Stream:
         self.measured = 0
         self.started_at = -1.0
         self.can_block = False
+        self.brief = False  # in blocks only what takes no longer than its hand-over
         self.collected = 0  # readers of the whole stream that have ended
         self.serial = False
         self.batch = 0
@@ -530,10 +536,15 @@ class Stream:
         if not self.can_block:
             return 1
         waiting = self.ready_count
+        if self.brief:
+            return max(1, min(int(BRIEF_SECONDS / self.avg_seconds), most)) if self.avg_seconds > 0 else 1
         if self.measured == 0:
             return 1  # neither its time nor its bytes are known: whole blocks of large results would break the budget
-        wanted = int(BLOCK_SECONDS / self.avg_seconds) if self.avg_seconds > 0 else most
-        wanted = max(1, min(wanted, most))
+        if self.avg_seconds > 0:
+            ample = min(int(AMPLE_SECONDS / self.avg_seconds), waiting // (2 * slots))
+            wanted = max(1, min(max(int(BLOCK_SECONDS / self.avg_seconds), ample), most))
+        else:
+            wanted = most
         if self.in_total >= 0 and self.arrived >= self.in_total:
             share = -(-waiting // (2 * slots))
             floor = int(0.0005 / self.avg_seconds) if self.avg_seconds > 0 else most

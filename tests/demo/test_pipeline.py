@@ -32,11 +32,22 @@ async def test_packages_asks_the_service_about_everything_installed(address):
     assert "pytest" in found
 
 
-def test_the_service_says_what_it_does_not_know(address):
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(f"{address}/packages/no-such-package", timeout=10)
-    with urllib.request.urlopen(f"{address}/packages?x=1", timeout=10) as reply:
-        assert "click" in json.load(reply)
+def test_the_service_pages_and_says_what_it_does_not_have(address):
+    with urllib.request.urlopen(f"{address}/packages", timeout=10) as reply:
+        first = json.load(reply)
+    assert len(first["packages"]) == service.PAGE
+    with urllib.request.urlopen(f"{address}/packages?page={first['pages']}", timeout=10) as reply:
+        last = json.load(reply)
+    assert first["packages"][0]["name"] < last["packages"][-1]["name"]
+    for elsewhere in (
+        "packages?page=0",
+        f"packages?page={first['pages'] + 1}",
+        "packages?page=x",
+        "packages/click",
+        "",
+    ):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/{elsewhere}", timeout=10)
 
 
 async def test_without_httpx_packages_is_skipped_with_what_to_install(monkeypatch):
