@@ -669,7 +669,7 @@ class Machine(
         if run.blocked:
             blocked, run.blocked = run.blocked, []
             for stream in blocked:
-                if stream.pending == "downstream" and self._is_fed(run, stream, 2):
+                if run.running and stream.pending == "downstream" and self._is_fed(run, stream, 2):
                     run.blocked.append(stream)
                 else:
                     stream.blocked = False

@@ -192,8 +192,8 @@ def test_a_run_under_pressure_says_so_slows_down_and_still_ends(tmp_path):
 
 
 async def holds(x: int) -> int:
-    until = time.monotonic() + 0.4
-    while time.monotonic() < until:
+    until = time.thread_time() + 0.4  # a wait for a core is nobody's fault
+    while time.thread_time() < until:
         pass
     return x
 
@@ -205,7 +205,7 @@ def test_a_stage_that_holds_the_loop_is_named_with_its_stack(caplog):
         assert engine.run(graph, {"x": 1}).success
     found = [event for event in sink.events if event.type == "stage.blocked_loop"]
     assert [event.stage for event in found] == ["holds"]
-    assert "time.monotonic() < until" in found[0].data["stack"]
+    assert "time.thread_time() < until" in found[0].data["stack"]
     assert "has blocked the event loop" in caplog.text
 
 
