@@ -220,6 +220,7 @@ class ProcessPoolExecutor(_Mapping):
         self._retry: deque[_Work] = deque()  # were aboard a worker that died; they go first
         self._awake = False
         self._shutdown = False
+        self._broken: Exception | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lane: ProcessExecutor | None = None
@@ -241,6 +242,8 @@ class ProcessPoolExecutor(_Mapping):
         with self._lock:
             if self._shutdown or _exiting:
                 raise RuntimeError("cannot schedule new futures after shutdown")
+            if self._broken is not None:
+                raise BrokenInitializerError(f"the pool could not be started: {self._broken}")
             self._waiting.append(_Work(future, fn, args, kwargs))
             if self._awake:
                 return future
@@ -276,6 +279,15 @@ class ProcessPoolExecutor(_Mapping):
                 thread.join()
         elif thread is None:
             self._supply.close()
+
+    def _break(self, error: Exception) -> None:
+        """The loop's thread could not begin: every call is told why, those to come as well."""
+        with self._lock:
+            self._broken = error
+            waiting, self._waiting = list(self._waiting), deque()
+        for work in waiting:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_exception(BrokenInitializerError(f"the pool could not be started: {error}"))
 
     # ------------------------------------------------------------ the loop's thread
 
@@ -489,9 +501,11 @@ def _importable(function: Callable[..., object]) -> bool:
 
 
 def _serve(pool: list[ProcessPoolExecutor], loop: asyncio.AbstractEventLoop, supply: WorkerSupply) -> None:
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        runner.run(_hold_open(pool, supply))
-    supply.close()
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(_hold_open(pool, supply))
+    finally:
+        supply.close()
 
 
 def _pass_on(call_id: int, kind: str, data: Any) -> None:
@@ -521,7 +535,13 @@ async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) ->
         except RuntimeError:
             pass  # it had been shut down
 
-    async with ProcessExecutor(supply=supply) as lane:
+    lane = ProcessExecutor(supply=supply)
+    try:
+        await lane.open()
+    except Exception as error:
+        holder.pop()._break(error)
+        return
+    try:
         pool = holder.pop()
         weakref.finalize(pool, dropped).atexit = False
         pool._finished, pool._lane = finished, lane
@@ -529,6 +549,8 @@ async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) ->
         pool._drain()
         del pool
         await finished.wait()
+    finally:
+        await lane.aclose()
 
 
 class ThreadPoolExecutor(_Mapping):

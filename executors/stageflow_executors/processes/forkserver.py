@@ -2,7 +2,10 @@
 
 Started by exec as a script, with one thread and no loop, so that it forks cheaply and cleanly:
 
-    python forkserver.py CONTROL_FD ENGINE_PIDFD [MODULE_NOT_TO_PRELOAD ...]
+    python forkserver.py CONTROL_FD ENGINE_PIDFD STDERR_FD [MODULE_NOT_TO_PRELOAD ...]
+
+Until its first line runs, descriptor 2 is a pipe of the engine's, so that an interpreter that cannot even start has
+its last words heard; STDERR_FD is the real one. The pipe goes on saying what is being imported.
 
 It reads marshalled requests from its control socket: a configuration first, then fork requests with the worker's
 descriptors. It answers `started` with a pidfd, `ended` with the wait status and peak memory (only the parent of a
@@ -112,9 +115,11 @@ def described(error: BaseException) -> str:
 class Server:
     """The one loop."""
 
-    def __init__(self, control: socket.socket, engine: int, excluded: list[str]) -> None:
+    def __init__(self, control: socket.socket, engine: int, stderr: int, words: int, excluded: list[str]) -> None:
         self.control = control
         self.engine = engine
+        self.stderr = stderr
+        self.words = words  # the engine reads it when this process is dead
         self.excluded = excluded
         self.workers: dict[int, int] = {}  # pid -> the parent's number of the worker
         self.answers: list[tuple[bytes, int]] = []  # (message, descriptor to pass and close, or -1)
@@ -143,6 +148,13 @@ class Server:
             del self.answers[0]
             if fd >= 0:
                 os.close(fd)
+
+    def say(self, text: str) -> None:
+        """Last words, in case what comes now is the end; each begins with NUL, and the last one counts."""
+        try:
+            os.write(self.words, f"\0{text}".encode("utf-8", "replace")[-4000:])
+        except OSError:
+            pass  # full, or nobody listens
 
     # ------------------------------------------------------------ configuration and preload
 
@@ -173,6 +185,7 @@ class Server:
             if name in self.excluded or name in sys.modules:
                 continue
             before = thread_count()
+            self.say(f"while it imported {name}")
             try:
                 importlib.import_module(name)
             except BaseException as error:
@@ -185,7 +198,9 @@ class Server:
                 if not self.configured:
                     # Nothing was forked yet and the configuration is only peeked at, so a fresh image of this very
                     # process starts over, without the module.
+                    os.dup2(self.words, 2)
                     os.execv(sys.executable, [*self.settings["command"], *self.excluded, name])
+        self.say("")
         if problems:
             self.answer("preload", problems)
         gc.collect()
@@ -243,7 +258,7 @@ class Server:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.control.close()
-            for fd in {self.engine, self.bell, self.ringer, *(fd for _, fd in self.answers)} - {-1}:
+            for fd in {self.engine, self.stderr, self.words, self.bell, self.ringer, *(fd for _, fd in self.answers)} - {-1}:
                 os.close(fd)
             from stageflow_executors.processes import worker_main
 
@@ -321,8 +336,15 @@ class Server:
 
 def main() -> None:
     """Entry point of the script."""
-    server = Server(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3:])
-    server.serve()
+    control, engine, stderr, *_ = map(int, sys.argv[1:4])
+    words = os.dup(2)  # not inherited by what is exec'ed, but for a fresh image of this process, which gets it as 2 again
+    os.dup2(stderr, 2)
+    server = Server(socket.socket(fileno=control), engine, stderr, words, sys.argv[4:])
+    try:
+        server.serve()
+    except BaseException as error:
+        server.say(described(error))
+        raise
 
 
 if __name__ == "__main__":

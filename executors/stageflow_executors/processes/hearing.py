@@ -245,7 +245,7 @@ class Hearing(Lending):
         came_up = handle.ready
         lent.death = None
         self._detach(lent)
-        if not came_up and not handle.killed:
+        if not came_up and (handle.failed is not None or not handle.killed):
             self.supply.start_failed(handle.failed or error.message)
         if not handle.said_bye and came_up:
             self._event(

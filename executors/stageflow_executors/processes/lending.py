@@ -6,6 +6,7 @@ May import `stageflow.core` and `stageflow_executors` only.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -105,6 +106,7 @@ class Lending(Sending):
     def _take(self, handle: WorkerHandle) -> Lent:
         loop = self._loop
         assert loop is not None
+        self._watch_control()  # a new fork server may have been needed
         lent = self._lent[handle.number] = Lent(handle)
         loop.add_reader(handle.channel.fileno(), self._readable, lent)
         loop.add_reader(handle.output, handle.read_output)
@@ -138,8 +140,7 @@ class Lending(Sending):
 
     def _not_started(self, lent: Lent) -> None:
         if not lent.handle.ready:
-            lent.handle.failed = f"the worker did not come up within {START_WITHIN:g} s"
-            lent.handle.kill()
+            self.supply.not_started(lent.handle, START_WITHIN)
             self._died(lent)
 
     def _became_idle(self, lent: Lent) -> None:
@@ -203,22 +204,32 @@ class Lending(Sending):
                     loop.remove_reader(fd)
 
     def _watch_control(self) -> None:
+        """Listen to the fork server there is now, by a descriptor of our own: the supply may close its own in any
+        thread, and a loop that watches a closed number is deaf, or hears somebody else."""
         control = self.supply.control
-        if control is not None and self._loop is not None and self._watching != control.fileno():
-            self._unwatch_control()
-            self._watching = control.fileno()
+        if control is self._watched or self._loop is None:
+            return
+        self._unwatch_control()
+        if control is not None:
+            try:
+                self._watching = os.dup(control.fileno())
+            except OSError:  # it is being closed at this moment, or descriptors have run out
+                return
+            self._watched = control
             self._loop.add_reader(self._watching, self._pump)
 
     def _unwatch_control(self) -> None:
-        if self._watching >= 0 and self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._watching)
+        if self._watching >= 0:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._watching)
+            os.close(self._watching)
         self._watching = -1
+        self._watched = None
 
     def _pump(self) -> None:
         if self.supply.has_server():
             self.supply.pump()
-        if not self.supply.has_server():
-            self._unwatch_control()
+        self._watch_control()
 
     def _recycle(self, lent: Lent) -> bool:
         """Let an idle worker go that has done its number of calls or grown too much; the replacement comes first."""

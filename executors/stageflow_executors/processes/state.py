@@ -6,6 +6,7 @@ May import `stageflow.core` and `stageflow_executors` only.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -82,7 +83,8 @@ class LaneState:
         #: workers are looked at after each call: they leave after a number of them, or when they have grown
         self._watchful = supply.max_tasks_per_child is not None or supply.worker_memory_limit is not None
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._watching = -1
+        self._watching = -1  # a descriptor of our own for the fork server's socket
+        self._watched: socket.socket | None = None
         self._asked = False
         self._closed = False
         self._ids = 0

@@ -97,6 +97,8 @@ class WorkerSupply:
         self.lanes: list[Borrower] = []
         self.server: subprocess.Popen[bytes] | None = None
         self.control: socket.socket | None = None
+        self._server_end = ""  #: how the last one ended
+        self._words = -1  #: where the fork server's last words can be read
         self.closed = False
         self.problems: list[str] = []  #: what the fork server could not preload
         self.broken: str | None = None
@@ -135,10 +137,14 @@ class WorkerSupply:
     # ------------------------------------------------------------ the fork server
 
     def prestart(self) -> None:
-        """Start the fork server's interpreter now; it comes up beside the caller's imports. Cheap if it runs."""
+        """Start the fork server's interpreter now; it comes up beside the caller's imports. Cheap if it runs. Never
+        raises: where it cannot start, the first call is told why."""
         with self.lock:
             if self.start_method == "forkserver" and self.server is None and not self.closed:
-                self._start_server()
+                try:
+                    self._start_server()
+                except (WorkerStartError, OSError):
+                    return
 
     def has_server(self) -> bool:
         """Is there a fork server to listen to?"""
@@ -161,24 +167,32 @@ class WorkerSupply:
             me = os.pidfd_open(os.getpid())
         except (AttributeError, OSError):
             pass  # an old kernel or a sandbox: the server watches end of file and its parent's pid
-        passed = (theirs.fileno(),) if me < 0 else (theirs.fileno(), me)
-        self._command = [sys.executable, *_interpreter_flags(), forkserver.__file__, str(theirs.fileno()), str(me)]
+        words, words_theirs = os.pipe()
+        os.set_blocking(words, False)
+        os.set_blocking(words_theirs, False)
+        stderr = _stderr()
+        passed = [fd for fd in (theirs.fileno(), me, stderr) if fd >= 0]
+        self._command = [sys.executable, *_interpreter_flags(), forkserver.__file__, *map(str, (theirs.fileno(), me, stderr))]
         try:
             self.server = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
+                stderr=words_theirs,
                 pass_fds=passed,
                 start_new_session=True,
                 env=self._environment(),
             )
         except OSError as error:
             ours.close()
+            os.close(words)
             raise WorkerStartError(f"the fork server could not be started: {error}", reason=str(error)) from error
         finally:
             theirs.close()
-            if me >= 0:
-                os.close(me)
+            for fd in (me, stderr, words_theirs):
+                if fd >= 0:
+                    os.close(fd)
         self.control = ours
+        self._words = words
         self._configured = False
         try:
             ours.sendall(marshal.dumps(("warm up", list(sys.path), list(_OWN_MODULES))))
@@ -269,24 +283,57 @@ class WorkerSupply:
 
     def _server_lost(self) -> list[WorkerHandle]:
         """The fork server is gone, and by PDEATHSIG every worker with it."""
-        assert self.control is not None
-        self.control.close()
-        self.control = None
-        code = None
-        if self.server is not None:
-            try:
-                code = self.server.wait(5)
-            except subprocess.TimeoutExpired:
-                self.server.kill()
-                code = self.server.wait()
-            self.server = None
+        reason = self._server_end = f"the fork server {_how(self._end_server(5))}"
         lost = [w for w in self.workers.values() if w.ended is None and w.failed is None]
         for worker in lost:
             if worker.pid:
                 worker.ended = (signal.SIGKILL, 0)
             else:
-                worker.failed = f"the fork server ended with status {code}"
+                worker.failed = reason
         return lost
+
+    def _end_server(self, timeout: float) -> tuple[int | None, str]:
+        """Let go of the fork server, which ends at that if it lives. Its exit code and its last words."""
+        if self.control is not None:
+            try:
+                self.control.shutdown(socket.SHUT_RDWR)  # end of file, also where a lane has a descriptor of its own
+            except OSError:
+                pass
+            self.control.close()
+            self.control = None
+        server, self.server = self.server, None
+        code = None
+        if server is not None:
+            try:
+                code = server.wait(timeout)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                code = server.wait()
+        said = self._last_words()
+        if self._words >= 0:
+            os.close(self._words)
+            self._words = -1
+        return code, said
+
+    def _last_words(self) -> str:
+        """What the fork server said of itself since it was last asked, or before it could speak properly."""
+        if self._words < 0:
+            return ""
+        try:
+            return os.read(self._words, 65536).rpartition(b"\0")[2].decode("utf-8", "replace").strip()[-2000:]
+        except OSError:
+            return ""
+
+    def not_started(self, worker: WorkerHandle, seconds: float) -> None:
+        """`worker` did not come up in so many seconds. A fork server that hangs and has nobody else goes as well."""
+        with self.lock:
+            said = self._last_words() if not worker.pid else ""
+            worker.failed = f"the worker did not come up within {seconds:g} s" + (f", {said}" if said else "")
+            worker.kill()
+            if self.server is not None and not any(other.pid for other in self.workers.values()):
+                self.server.kill()
+                self.server.wait()
+                self.pump()
 
     # ------------------------------------------------------------ workers
 
@@ -332,6 +379,7 @@ class WorkerSupply:
         if self.start_method == "spawn":
             self._spawn(worker, {**self._settings(), **extra}, fds)
             return
+        reason = ""
         for _ in range(2):
             if self.server is None:
                 self._start_server()
@@ -346,9 +394,13 @@ class WorkerSupply:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                 self.control.sendmsg([marshal.dumps(("fork", worker.number, extra))], rights)
                 return
-            except OSError:
-                self.pump()  # it is gone: take note, and try once with a new one
-        raise WorkerStartError("the fork server does not answer", reason="its control socket is closed")
+            except OSError as error:
+                reason = f"the fork server does not answer: {error}"
+                self.pump()  # if it is gone: take note, and try once with a new one
+                if self.control is None:
+                    reason = self._server_end
+        self.start_failed(reason)
+        raise _cannot_start(reason)
 
     def _spawn(self, worker: WorkerHandle, settings: dict[str, Any], fds: list[int]) -> None:
         from stageflow_executors.processes import spawned
@@ -425,11 +477,7 @@ class WorkerSupply:
                 return worker
             if len(self.workers) < self.max_workers:
                 if not self.may_start():
-                    raise WorkerStartError(
-                        f"no worker process can be started: {self.broken}",
-                        hint="the text above is what the worker or the fork server said",
-                        reason=self.broken,
-                    )
+                    raise _cannot_start(self.broken or "")
                 return self.start_worker(lane)
             if lane not in self.waiting:
                 self.waiting.append(lane)
@@ -525,17 +573,9 @@ class WorkerSupply:
             self._say_goodbye(min(timeout, FAREWELL))
             if self.start_method == "spawn":
                 self._end_spawned(workers, timeout)
-            elif self.control is not None:
+            else:
                 # End of file is the goodbye: the server kills and reaps every descendant, then ends.
-                self.control.close()
-                self.control = None
-                server, self.server = self.server, None
-                if server is not None:
-                    try:
-                        server.wait(timeout)
-                    except subprocess.TimeoutExpired:
-                        server.kill()
-                        server.wait()
+                self._end_server(timeout)
             for worker in workers:
                 worker.ended = worker.ended or (signal.SIGKILL, 0)
                 self.remove(worker)
@@ -589,6 +629,9 @@ class WorkerSupply:
         if self.control is not None:
             self.control.close()
             self.control = None
+        if self._words >= 0:
+            os.close(self._words)
+            self._words = -1
         if self.server is not None:
             self.server.returncode = 0  # not this process's child: keeps Popen from waiting for it
             self.server = None
@@ -600,6 +643,35 @@ def _cwd() -> str:
         return os.getcwd()
     except OSError:
         return "/"
+
+
+def _cannot_start(reason: str) -> WorkerStartError:
+    return WorkerStartError(
+        f"no worker process can be started: {reason}",
+        hint="the text above is what the worker or the fork server said",
+        reason=reason,
+    )
+
+
+def _stderr() -> int:
+    """A descriptor of its own for standard error; -1 where there is none."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return -1
+
+
+def _how(end: tuple[int | None, str]) -> str:
+    """In words, how the fork server ended."""
+    code, said = end
+    if code is not None and code < 0:
+        try:
+            how = f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            how = f"was killed by signal {-code}"
+    else:
+        how = f"ended with status {code}"
+    return f"{how}: {said}" if said and "\n" not in said else f"{how}; its last words:\n{said}" if said else how
 
 
 def _interpreter_flags() -> list[str]:
