@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from stageflow.core.errors import NotShippableError, WorkerDiedError
-from stageflow_executors.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from stageflow_executors.futures import AbortedCallError, ProcessPoolExecutor, ThreadPoolExecutor
 
 KINDS = [ProcessPoolExecutor, ThreadPoolExecutor]
 STATE: list[int] = []
@@ -243,7 +243,7 @@ def test_many_threads_submit_at_once() -> None:
 
 
 SCRIPT = """
-from stageflow_executors.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from stageflow_executors.futures import AbortedCallError, ProcessPoolExecutor, ThreadPoolExecutor
 class Doc:
     def __init__(self, n): self.n = n
 def make(n): return Doc(n)
@@ -380,3 +380,32 @@ def test_futures_behave_as_the_standard_ones_where_several_wait() -> None:
         for thread in threads:
             thread.join(20)
         assert seen == [True] * 3
+
+
+def hold(path: str) -> int:
+    with open(path, "w"):
+        pass
+    while not os.path.exists(path + ".go"):
+        time.sleep(0.002)
+    return os.getpid()
+
+
+def test_abort_ends_the_named_calls_and_no_others(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(abs, range(20)))
+        stopped, kept = pool.submit(hold, str(tmp_path / "stopped")), pool.submit(hold, str(tmp_path / "kept"))
+        waiting = [pool.submit(square, n) for n in range(10)]
+        while not ((tmp_path / "stopped").exists() and (tmp_path / "kept").exists()):
+            time.sleep(0.002)
+        try:
+            pool.abort([stopped, *waiting[:5]])
+            with pytest.raises(AbortedCallError):
+                stopped.result(20)
+        finally:
+            (tmp_path / "kept.go").touch()
+        assert kept.result(20) > 0
+        assert [future.result(20) for future in waiting[5:]] == [25, 36, 49, 64, 81]
+        for future in waiting[:5]:  # those that were with a worker already count as running
+            assert future.cancelled() or isinstance(future.exception(20), AbortedCallError)
+        pool.abort([kept, stopped])
+        assert pool.submit(square, 3).result(20) == 9

@@ -258,7 +258,14 @@ class Server:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.control.close()
-            for fd in {self.engine, self.stderr, self.words, self.bell, self.ringer, *(fd for _, fd in self.answers)} - {-1}:
+            for fd in {
+                self.engine,
+                self.stderr,
+                self.words,
+                self.bell,
+                self.ringer,
+                *(fd for _, fd in self.answers),
+            } - {-1}:
                 os.close(fd)
             from stageflow_executors.processes import worker_main
 
@@ -337,7 +344,9 @@ class Server:
 def main() -> None:
     """Entry point of the script."""
     control, engine, stderr, *_ = map(int, sys.argv[1:4])
-    words = os.dup(2)  # not inherited by what is exec'ed, but for a fresh image of this process, which gets it as 2 again
+    words = os.dup(
+        2
+    )  # not inherited by what is exec'ed, but for a fresh image of this process, which gets it as 2 again
     os.dup2(stderr, 2)
     server = Server(socket.socket(fileno=control), engine, stderr, words, sys.argv[4:])
     try:

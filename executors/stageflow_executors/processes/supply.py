@@ -172,7 +172,12 @@ class WorkerSupply:
         os.set_blocking(words_theirs, False)
         stderr = _stderr()
         passed = [fd for fd in (theirs.fileno(), me, stderr) if fd >= 0]
-        self._command = [sys.executable, *_interpreter_flags(), forkserver.__file__, *map(str, (theirs.fileno(), me, stderr))]
+        self._command = [
+            sys.executable,
+            *_interpreter_flags(),
+            forkserver.__file__,
+            *map(str, (theirs.fileno(), me, stderr)),
+        ]
         try:
             self.server = subprocess.Popen(
                 self._command,
@@ -397,7 +402,7 @@ class WorkerSupply:
             except OSError as error:
                 reason = f"the fork server does not answer: {error}"
                 self.pump()  # if it is gone: take note, and try once with a new one
-                if self.control is None:
+                if not self.has_server():
                     reason = self._server_end
         self.start_failed(reason)
         raise _cannot_start(reason)
