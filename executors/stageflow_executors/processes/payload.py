@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stageflow.core.errors import StageflowError
-from stageflow_executors.shm import codec
+from stageflow_executors.shm import codec, fidelity
 from stageflow_executors.shm.lease import Books, ValueReader
 
 if TYPE_CHECKING:
@@ -149,6 +149,12 @@ def encode_value(supply: WorkerSupply, memory: ParentMemory, value: Any) -> code
     """`value` encoded, with one lease on each of its blocks. What it mentions of by-value modules gets shipped."""
     result = codec.encode(value, memory, supply.inline_threshold)
     encoded = result.encoded
+    if fidelity.CHECK:
+        try:
+            fidelity.check(value, encoded, ValueReader(supply.books.mappings, lambda key: None))
+        except BaseException:
+            supply.books.dropped.extend(result.blocks)
+            raise
     if type(encoded) is list and encoded[0] in _NAMING:
         data = encoded[2] if encoded[0] in (codec.STRUCT, codec.STRUCTS) else encoded[1]
         if type(data) is list:

@@ -32,7 +32,7 @@ from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.port import ProcessPort
 from stageflow_executors.processes.status import StatusPage
-from stageflow_executors.shm import codec
+from stageflow_executors.shm import codec, fidelity
 from stageflow_executors.shm.arena import Arena, Segment
 from stageflow_executors.shm.lease import Mapping, ValueReader, address_of, export
 
@@ -471,19 +471,18 @@ class Worker:
         except (NotShippableError, SharedMemoryFullError) as error:
             error.add_note("this is the result of the call; it had run to its end")
             raise _Refused(error) from error
-        if codec.CHECK_FIDELITY:
+        if fidelity.CHECK:
             self._check(value, result)
         return [operation, call_id, result.encoded, meta, True, result.nbytes]
 
     def _check(self, value: Any, result: codec.Result) -> None:
-        mappings = {
-            s.sid: Mapping(s.sid, s.size, os.dup(s.read_fd)) for s in self.memory.arena.segments.values()
-        } | self.mappings
-        again = codec.decode(result.encoded, ValueReader(mappings, lambda key: None))
-        if not codec.same(value, again):
-            raise StageflowError(
-                f"a {type(value).__name__} changed on its way through the codec: {value!r:.200} -> {again!r:.200}"
-            )
+        own = [Mapping(s.sid, s.size, os.dup(s.read_fd)) for s in self.memory.arena.segments.values()]
+        try:
+            reader = ValueReader(self.mappings | {mapping.sid: mapping for mapping in own}, lambda key: None)
+            fidelity.check(value, result.encoded, reader)
+        finally:
+            for mapping in own:
+                mapping.close()
 
     def _failure(self, call_id: int, error: BaseException, kind: OutcomeKind = OutcomeKind.ERROR) -> list[Any]:
         if isinstance(error, _Refused):

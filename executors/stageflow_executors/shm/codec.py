@@ -3,17 +3,16 @@
 An encoded value is msgpack-able data: an exact scalar as itself, anything else as a list whose first element says
 how to read the rest. Bytes are inline, or a reference `[segment, block, start, length]` into shared memory. Three
 paths (first that fits): exact scalars; closed `msgspec.Struct` types, alone or in a list; pickle protocol 5 with
-out-of-band buffers (cloudpickle where plain pickle cannot). Arrays, bytes and memoryviews have a light way of their
-own. A value is the same whatever lane it crossed; the one permitted difference is that arrays and memoryviews come
-back read-only.
+out-of-band buffers (cloudpickle where plain pickle cannot). Arrays, bytes, memoryviews and Arrow tables (`arrow`)
+have a light way of their own. A value is the same whatever lane it crossed; the one permitted difference is that
+arrays and memoryviews come back read-only.
 
-May import `stageflow.core` and the standard library only; numpy is recognised without importing it, cloudpickle is
-loaded on need.
+May import `stageflow.core` and the standard library only; numpy and pyarrow are recognised without importing them,
+cloudpickle is loaded on need.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import types
@@ -26,7 +25,10 @@ import msgspec
 from stageflow.core.errors import NotShippableError
 from stageflow_executors.shm.arena import Block
 
-PICKLE, PICKLE_OOB, BYTES, STR, ARRAY, VIEW, BYTEARRAY, STRUCT, STRUCTS = range(9)
+if typing.TYPE_CHECKING:
+    from stageflow_executors.shm import arrow
+
+PICKLE, PICKLE_OOB, BYTES, STR, ARRAY, VIEW, BYTEARRAY, STRUCT, STRUCTS, ARROW = range(10)
 OOB_ABOVE: Final = 1024  #: smaller buffers stay in the pickle
 _ALIGN: Final = 64
 _I64: Final = 1 << 63
@@ -113,6 +115,12 @@ def encode(value: Any, memory: Memory, threshold: int) -> Result:
     elif _ndarray is _Unknown and kind is getattr(sys.modules.get("numpy"), "ndarray", None):
         _meet_numpy()
         return encode(value, memory, threshold)
+    elif kind.__module__ == "pyarrow.lib":
+        from stageflow_executors.shm import arrow
+
+        stream = arrow.plan(value)
+        if stream is not None:
+            return _streamed(stream, memory, threshold)
     return _pickled(value, memory, threshold)
 
 
@@ -124,6 +132,18 @@ def _laid(kind: int, data: Any, memory: Memory, threshold: int, *extra: Any) -> 
     block = memory.allocate(size)
     block.view[:] = data
     return Result([kind, [*block.key, block.off, size], *extra], size, 64, (block.key,))
+
+
+def _streamed(stream: arrow.Stream, memory: Memory, threshold: int) -> Result:
+    """An Arrow value, written once: where its readers will map it."""
+    size = stream.nbytes
+    if size < threshold:
+        data = bytearray(size)
+        stream.write(memoryview(data))
+        return Result([ARROW, bytes(data), stream.kind], size, size, _NO_BLOCKS)
+    block = memory.allocate(size)
+    stream.write(block.view)
+    return Result([ARROW, [*block.key, block.off, size], stream.kind], size, 64, (block.key,))
 
 
 def _buffer(data: memoryview, memory: Memory, threshold: int) -> tuple[Any, int, tuple[Key, ...]]:
@@ -167,13 +187,30 @@ def _meet_numpy() -> None:
 
 
 def _dtype_name(dtype: Any) -> str:
-    """The text that numpy makes `dtype` from; "" for those that need a pickle."""
+    """The text that numpy makes `dtype` from; "" for those that need a pickle: with objects, fields or notes."""
     name = _dtype_names.get(dtype)
-    if name is None:
-        name = dtype.str if dtype.isbuiltin == 1 and not dtype.hasobject else ""
-        if len(_dtype_names) < 1000:
+    if name is None or dtype.metadata is not None:
+        name = dtype.str
+        if (
+            dtype.hasobject
+            or dtype.names
+            or dtype.subdtype
+            or dtype.metadata is not None
+            or not _is_made_of(name, dtype)
+        ):
+            name = ""
+        if len(_dtype_names) < 1000 and dtype.metadata is None:
             _dtype_names[dtype] = name
     return name
+
+
+def _is_made_of(name: str, dtype: Any) -> bool:
+    import numpy
+
+    try:
+        return bool(numpy.dtype(name) == dtype)
+    except TypeError:
+        return False
 
 
 def _array(value: Any, dtype: str, memory: Memory, threshold: int) -> Result:
@@ -512,6 +549,12 @@ def decode(encoded: Encoded, reader: Reader, writable: bool = False) -> Any:
             else:
                 buffers.append(reader.view(part, writable=writable))
         return pickle.loads(data if type(data) is bytes else reader.peek(data), buffers=buffers)
+    if kind == ARROW:
+        from stageflow_executors.shm import arrow
+
+        if type(data) is list:
+            return arrow.read(reader.view(data, writable=writable), encoded[2])
+        return arrow.read(memoryview(bytearray(data) if writable else data), encoded[2])
     if kind == VIEW:
         view = (
             reader.view(data, writable=writable)
@@ -564,23 +607,3 @@ def blocks_of(encoded: Encoded) -> tuple[Key, ...]:
         if type(part) is list and (key := (part[0], part[1])) not in found:
             found.append(key)
     return tuple(found)
-
-
-def same(first: Any, second: Any) -> bool:
-    """Is `second` a faithful copy of `first`, types included? For `STAGEFLOW_CHECK_FIDELITY`."""
-    if type(first) is not type(second):
-        return False
-    try:
-        a, b = pickle.dumps(first, 5), pickle.dumps(second, 5)
-    except Exception:
-        return True
-    if a == b:
-        return True
-    try:
-        equal = first == second
-        return bool(equal if isinstance(equal, bool) else equal.all())
-    except Exception:
-        return True
-
-
-CHECK_FIDELITY: Final = os.environ.get("STAGEFLOW_CHECK_FIDELITY") == "1"
