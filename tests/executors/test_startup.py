@@ -95,10 +95,11 @@ async def test_an_import_that_kills_the_server_is_named(
 async def test_a_server_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sf_hangs.py").write_text("import time; time.sleep(600)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(lending, "START_WITHIN", 0.3)
+    monkeypatch.setattr(lending, "START_WITHIN", 2.5)
+    monkeypatch.setattr("stageflow_executors.processes.supply.MAX_FAILED_STARTS", 1)
     async with ProcessExecutor(1, preload=["sf_hangs"]) as executor:
         text = await refused(executor)
-        assert "did not come up within 0.3 s" in text
+        assert "did not come up within 2.5 s" in text
         assert "while it imported sf_hangs" in text
 
 

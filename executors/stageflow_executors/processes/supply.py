@@ -587,8 +587,9 @@ class WorkerSupply:
             self.idle.clear()
             self.waiting.clear()
             self.collect()
-            # Blocks that are still read keep their segments: the books close each with its last lease.
+            # Blocks that are still read stay mapped: the books let go of each segment with its last lease.
             self.books.retire(PARENT)
+            self.books.detach()
             self.arena.close()
         _all_supplies.discard(self)
 

@@ -83,6 +83,10 @@ def export(memory: Any, address: int, start: int, nbytes: int, ended: Callable[.
     return memoryview(exporter).cast("B")
 
 
+#: CPython before 3.13 keeps a descriptor of its own with every mapping, as long as a view lives
+_NO_FD: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+
 class Mapping:
     """One segment as a reader sees it: the descriptor, and mappings made on first use and kept."""
 
@@ -99,7 +103,7 @@ class Mapping:
         """The read-only mapping and its address."""
         memory = self._memory
         if memory is None:
-            memory = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+            memory = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ, **_NO_FD)
             self._address = address_of(memory)
             self._memory = memory
         return memory, self._address
@@ -113,8 +117,16 @@ class Mapping:
             flags=mmap.MAP_PRIVATE,
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
             offset=base,
+            **_NO_FD,
         )
         return memory, start - base
+
+    def detach(self) -> None:
+        """Give the descriptor back and keep the bytes mapped: they are still read, and by this process alone."""
+        self.memory()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def close(self) -> None:
         """Give the descriptor back; views keep the mapping."""
@@ -257,6 +269,13 @@ class Books:
             return []
         with self._lock:
             return self._freed.pop(owner, [])
+
+    def detach(self) -> None:
+        """No process will read any more but this one: what is still leased is kept mapped, without descriptors."""
+        with self._lock:
+            self._settle()
+            for mapping in self.mappings.values():
+                mapping.detach()
 
     def retire(self, owner: int) -> None:
         """The owner is gone: nothing of it is written again, and each segment closes with its last lease."""
