@@ -230,7 +230,9 @@ class Hearing(Lending):
         elif self._queue:
             self._dispatch()
         if handle.process is not None and handle.number in self._lent:
-            loop.call_later(0.01, self._died, lent)
+            if lent.poll_timer is not None:
+                lent.poll_timer.cancel()
+            lent.poll_timer = loop.call_later(0.01, self._died, lent)
 
     def _bury(self, lent: Lent) -> None:
         """The cause is known, or will not be."""

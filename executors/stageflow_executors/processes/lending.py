@@ -115,7 +115,7 @@ class Lending(Sending):
         if not handle.ready:
             lent.start_timer = loop.call_later(START_WITHIN, self._not_started, lent)
             if handle.process is not None and handle.pidfd < 0:
-                loop.call_later(0.05, self._poll_process, lent)
+                lent.poll_timer = loop.call_later(0.05, self._poll_process, lent)
         return lent
 
     def _reported(self, handle: WorkerHandle) -> None:
@@ -136,7 +136,7 @@ class Lending(Sending):
             if self.supply.poll_ended(lent.handle):
                 self._died(lent)
             else:
-                self._loop.call_later(0.05, self._poll_process, lent)
+                lent.poll_timer = self._loop.call_later(0.05, self._poll_process, lent)
 
     def _not_started(self, lent: Lent) -> None:
         if not lent.handle.ready:
@@ -193,7 +193,7 @@ class Lending(Sending):
         self._lent.pop(handle.number, None)
         if lent in self._idle:
             self._idle.remove(lent)
-        for timer in (lent.start_timer, lent.death):
+        for timer in (lent.start_timer, lent.poll_timer, lent.death):
             if timer is not None:
                 timer.cancel()
         if loop is not None and not loop.is_closed():

@@ -31,10 +31,22 @@ def _cgroup_folders() -> list[str]:
     """Folders of this process's cgroup and its ancestors, version 2, innermost first."""
     for line in _read("/proc/self/cgroup").splitlines():
         if line.startswith("0::"):
-            path = line[3:].strip("/")
-            parts = path.split("/") if path else []
-            return ["/sys/fs/cgroup/" + "/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+            return _upwards("/sys/fs/cgroup", line[3:])
     return ["/sys/fs/cgroup"]
+
+
+def _memory_folders() -> list[str]:
+    """The same for the memory controller of version 1. Inside a container its own folder may be the mount itself."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return _upwards("/sys/fs/cgroup/memory", path)
+    return ["/sys/fs/cgroup/memory"]
+
+
+def _upwards(mount: str, path: str) -> list[str]:
+    parts = [part for part in path.strip().split("/") if part]
+    return ["/".join([mount, *parts[:n]]) for n in range(len(parts), -1, -1)]
 
 
 def usable_cores() -> int:
@@ -61,7 +73,7 @@ def usable_memory() -> int:
     except (ValueError, OSError, AttributeError):
         total = 4 << 30
     for text in [_read(f + "/memory.max") for f in _cgroup_folders()] + [
-        _read("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+        _read(f + "/memory.limit_in_bytes") for f in _memory_folders()
     ]:
         if text.strip().isdigit():
             total = min(total, int(text))
@@ -74,8 +86,9 @@ def oom_kills() -> int:
         for line in _read(folder + "/memory.events").splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
-    for path, key in (("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill "), ("/proc/vmstat", "oom_kill ")):
+    paths = [folder + "/memory.oom_control" for folder in _memory_folders()]
+    for path in [*paths, "/proc/vmstat"]:
         for line in _read(path).splitlines():
-            if line.startswith(key):
+            if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0

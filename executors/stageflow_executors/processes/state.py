@@ -46,7 +46,7 @@ class Task:
 class Lent:
     """A worker while this lane has it."""
 
-    __slots__ = ("death", "frames", "handle", "next_frame", "outbox", "start_timer", "tasks", "writing")
+    __slots__ = ("death", "frames", "handle", "next_frame", "outbox", "poll_timer", "start_timer", "tasks", "writing")
 
     def __init__(self, handle: WorkerHandle) -> None:
         self.handle = handle
@@ -56,6 +56,7 @@ class Lent:
         self.outbox: deque[tuple[bytes, list[int]]] = deque()
         self.writing = False
         self.start_timer: asyncio.TimerHandle | None = None
+        self.poll_timer: asyncio.TimerHandle | None = None  # asks whether a spawned worker lives
         self.death: asyncio.TimerHandle | None = None
 
 

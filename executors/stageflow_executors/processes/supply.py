@@ -32,7 +32,7 @@ from stageflow_executors.processes.handle import Borrower, WorkerHandle, kill_gr
 from stageflow_executors.processes.machine import THREAD_VARIABLES, oom_kills, usable_cores, usable_memory
 from stageflow_executors.processes.shipping import Shipping
 from stageflow_executors.processes.status import StatusPage
-from stageflow_executors.shm.arena import Arena, Segment, create_anonymous
+from stageflow_executors.shm.arena import Arena, Segment, allocate, create_anonymous
 from stageflow_executors.shm.lease import Books
 
 MAX_FAILED_STARTS: Final = 3
@@ -217,6 +217,7 @@ class WorkerSupply:
             "inline_threshold": self.inline_threshold,
             "log_level": logging.getLogger().getEffectiveLevel(),
             "memfd": self.memfd,
+            "no_pidfd": not hasattr(os, "pidfd_open"),
             "hard_limit": self.hard_limit,
             "argv": list(sys.argv),
         }
@@ -347,9 +348,8 @@ class WorkerSupply:
         self._numbers += 1
         number = self._numbers
         kind = socket.SOCK_SEQPACKET if self.start_method == "forkserver" else socket.SOCK_STREAM
+        page_fd = self._page()
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-        page_fd, page_read = create_anonymous(status.PAGE, memfd=self.memfd)
-        os.close(page_read)
         output, output_theirs = os.pipe2(os.O_CLOEXEC) if hasattr(os, "pipe2") else os.pipe()
         os.set_blocking(output, False)
         page = StatusPage(page_fd)
@@ -375,6 +375,17 @@ class WorkerSupply:
         self.workers[number] = worker
         self.set_limit(worker)
         return worker
+
+    def _page(self) -> int:
+        """Memory for a status page. Raises OSError where there is no room for it."""
+        fd, read_fd = create_anonymous(status.PAGE, memfd=self.memfd)
+        os.close(read_fd)
+        try:
+            allocate(fd, 0, status.PAGE)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def _launch(self, worker: WorkerHandle, fds: list[int]) -> None:
         extra = {
@@ -483,7 +494,10 @@ class WorkerSupply:
             if len(self.workers) < self.max_workers:
                 if not self.may_start():
                     raise _cannot_start(self.broken or "")
-                return self.start_worker(lane)
+                try:
+                    return self.start_worker(lane)
+                except OSError as error:  # no descriptors, or no memory
+                    raise _cannot_start(str(error)) from error
             if lane not in self.waiting:
                 self.waiting.append(lane)
             return None
@@ -595,21 +609,24 @@ class WorkerSupply:
 
     def _say_goodbye(self, timeout: float) -> None:
         """Let idle workers leave in order: what stages opened there is closed, what they buffered is written."""
-        leaving: set[int] = set()
-        for worker in list(self.idle):
+        leaving = list(self.idle)
+        for worker in leaving:
             self.dismiss(worker)
-            if worker.pidfd >= 0:
-                leaving.add(worker.pidfd)
-        if not leaving:
-            return
         ends = select.poll()
-        for pidfd in leaving:
-            ends.register(pidfd, select.POLLIN)
+        for worker in leaving:
+            if worker.pidfd >= 0:
+                ends.register(worker.pidfd, select.POLLIN)
+        unseen = [worker for worker in leaving if worker.pidfd < 0]  # their ends are reported, or asked for
+        if unseen and self.control is not None:
+            ends.register(self.control, select.POLLIN)
+        seen = {worker.pidfd for worker in leaving if worker.pidfd >= 0}
         deadline = time.monotonic() + timeout
-        while leaving and (left := deadline - time.monotonic()) > 0:
-            for pidfd, _ in ends.poll(left * 1000.0):
-                ends.unregister(pidfd)
-                leaving.discard(pidfd)
+        while (seen or unseen) and (left := deadline - time.monotonic()) > 0:
+            for pidfd, _ in ends.poll(left * 1000.0 if not unseen or self.control is not None else 5.0):
+                if pidfd in seen:
+                    ends.unregister(pidfd)
+                    seen.discard(pidfd)
+            unseen = [worker for worker in unseen if not self.poll_ended(worker)]
 
     def _end_spawned(self, workers: Iterable[WorkerHandle], timeout: float) -> None:
         for worker in workers:

@@ -70,6 +70,12 @@ def create_anonymous(nbytes: int, *, memfd: bool | None = None) -> tuple[int, in
         _unlink(name)
 
 
+def allocate(fd: int, start: int, nbytes: int) -> None:
+    """Have the system set memory aside where it can: what is then missing is an OSError here, and no SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, start, nbytes)
+
+
 def _create_named() -> tuple[str, int, Callable[[str], int]]:
     """A POSIX shared memory object where the platform has them, else a temporary file."""
     try:
@@ -156,6 +162,7 @@ class Arena:
         self._hard = hard
         self._on_segment = on_segment
         self._memfd = memfd
+        self._anonymous = hasattr(os, "memfd_create") if memfd is None else memfd
         self._lock = threading.Lock()
         self._numbers = 0
         self._pid = os.getpid()
@@ -201,7 +208,10 @@ class Arena:
         if current is None or current.size - current.top < size:
             current = self._current = self._new_segment(SEGMENT, own=False)
         if current.top + size > current.reserved:
-            self._reserve(current, max(size, min(GROW_BY, current.size - current.reserved)))
+            # What has a name lies in a file system that may be small, and others need some of it too.
+            ahead = max(size, min(GROW_BY, current.size - current.reserved)) if self._anonymous else size
+            if not self._reserve(current, ahead, ahead_of_need=ahead > size):
+                self._reserve(current, current.top + size - current.reserved)  # not a byte more than it takes
         off = current.top
         current.top += size
         return current, off
@@ -224,18 +234,25 @@ class Arena:
         self._on_segment(segment)
         return segment
 
-    def _reserve(self, segment: Segment, nbytes: int) -> None:
+    def _reserve(self, segment: Segment, nbytes: int, *, ahead_of_need: bool = False) -> bool:
+        """Make room in `segment`. What is only ahead of need is refused where it would cost others their warm blocks;
+        the rest raises SharedMemoryFullError."""
         if self.reserved + nbytes > self._budget():
+            if ahead_of_need:
+                return False
             self._trim(max(0, self._budget() - nbytes))
         if self.reserved + nbytes > (self._budget() if self._hard is None else self._hard):
             raise self._full(nbytes, None)
         try:
-            os.posix_fallocate(segment.fd, segment.reserved, nbytes)
+            allocate(segment.fd, segment.reserved, nbytes)
         except OSError as error:
+            if ahead_of_need:
+                return False
             self._trim(0)
             raise self._full(nbytes, error) from error
         segment.reserved += nbytes
         self.reserved += nbytes
+        return True
 
     def _full(self, needed: int, error: OSError | None) -> SharedMemoryFullError:
         why = f": {error.strerror}" if error is not None else ""

@@ -1,0 +1,131 @@
+"""What a process may forget to give back, counted; and a parent for others to kill."""
+
+import asyncio
+import gc
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stageflow_executors.processes.pool import ProcessExecutor
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+async def gone(pids: list[int], seconds: float = 2.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(alive(pid) for pid in pids):
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def shm_entries() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("sf-")}
+
+
+def my_children() -> set[int]:
+    found: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # a thread that has just ended
+            found |= {int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
+    return found
+
+
+def descriptors() -> dict[str, int]:
+    """What is open, by kind: sockets and pipes without their numbers."""
+    found: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing itself
+            found[os.readlink(f"/proc/self/fd/{name}").partition(":[")[0].removesuffix(" (deleted)")] += 1
+    return found
+
+
+def shared_memory() -> tuple[int, int]:
+    """Mappings of our segments and pages, and the bytes of shared memory this process has in use."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    status = Path("/proc/self/status").read_text()
+    kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssShmem"))
+    return sum("memfd:stageflow" in line or "/sf-" in line for line in maps), kib * 1024
+
+
+@dataclass
+class Holdings:
+    """All that a process may forget to give back."""
+
+    children: set[int] = field(default_factory=my_children)
+    descriptors: dict[str, int] = field(default_factory=descriptors)
+    threads: set[str] = field(default_factory=lambda: {thread.name for thread in threading.enumerate()})
+    shared: tuple[int, int] = field(default_factory=shared_memory)
+    named: set[str] = field(default_factory=shm_entries)
+
+
+@asynccontextmanager
+async def lane(**options: Any) -> AsyncIterator[ProcessExecutor]:
+    """A lane that leaves nothing behind: children, descriptors, threads, mappings, bytes of shared memory."""
+    options.setdefault("max_workers", 2)
+    await asyncio.to_thread(int)  # asyncio's own thread pool closes the supply
+    gc.collect()
+    before = Holdings()
+    executor = ProcessExecutor(**options)
+    await executor.open()
+    try:
+        yield executor
+    finally:
+        await executor.aclose(grace=1.0)
+    assert executor.supply.books.live() == 0
+    assert not executor._tasks
+    del executor
+    gc.collect()
+    after = Holdings()
+    assert after == before, f"{before} became {after}"
+
+
+PARENT = """
+import asyncio, os, subprocess, sys, time
+from stageflow_executors.processes.pool import ProcessExecutor
+
+def busy(data):
+    subprocess.Popen(["sleep", "60"]); subprocess.Popen(["sleep", "60"], start_new_session=True)
+    while True: pass
+
+async def main():
+    async with ProcessExecutor(2, start_method=sys.argv[1]) as executor:
+        await executor.submit(len, b"warm")
+        executor.submit(busy, bytes(1 << 20))
+        while not executor.supply.workers or not any(executor.running_since(c) for c in executor._tasks):
+            await asyncio.sleep(0.01)
+        if sys.argv[2] == "fork" and not os.fork():
+            time.sleep(5)
+            os._exit(0)
+        await asyncio.sleep(0.3)
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def tagged(tag: str) -> list[int]:
+    """Pids of living processes whose environment has the tag."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if tag.encode() in Path(f"/proc/{name}/environ").read_bytes() and alive(int(name)):
+                    found.append(int(name))
+            except OSError:
+                continue
+    return found
