@@ -441,3 +441,340 @@ class ProcessPoolExecutor(_Mapping):
         lane.start(call, lambda outcome: self._chunk_ended(function, batch, outcome, short))
 
     def _start_one(self, lane: ProcessExecutor, function: _Function, work: _Work) -> None:
+        short = function.seconds is not None and function.seconds < 0.005
+        call = Call(next(self._ids), function.plain, (work.kwargs or None, *work.args), short=short)
+        self._calls[call.id] = [work]
+        self._short += short
+        lane.start(call, lambda outcome: self._one_ended(function, work, outcome, short))
+
+    def _one_ended(self, function: _Function, work: _Work, outcome: Outcome, short: bool) -> None:
+        self._short -= short
+        self._running -= 1
+        del self._calls[outcome.call_id]
+        if outcome.kind is OutcomeKind.OK:
+            self._set_payload(work.future, outcome.value)
+            function.learn(outcome.seconds)
+        elif outcome.kind is OutcomeKind.CANCELLED or outcome.error is None:
+            self._stopped([work])
+        else:
+            _resolve(work.future, outcome.error)
+        self._drain()
+
+    @staticmethod
+    def _set_payload(future: Future[Any], payload: Any) -> None:
+        try:
+            value = payload.load() if payload is not None else None
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+    def _chunk_ended(self, function: _Function, batch: list[_Work], outcome: Outcome, short: bool) -> None:
+        """A part of the results, or the end of the chunk."""
+        if outcome.kind is OutcomeKind.OK:
+            first: int = outcome.meta
+            if first < 0:
+                self._set_payload(batch[-1 - first].future, outcome.value)
+            else:
+                self._set_results(batch, first, outcome.value)
+            if outcome.final:
+                function.learn(outcome.seconds / len(batch))
+        elif outcome.kind is OutcomeKind.LOST and outcome.suspect:
+            # Results that were done but not yet told died with the worker: those calls run again, as those behind them.
+            running = min(int(outcome.meta["progress"][0]), len(batch) - 1) if outcome.meta else 0
+            for index, work in enumerate(batch):
+                if work.future.done():
+                    continue
+                if index == running and outcome.error is not None:
+                    _resolve(work.future, outcome.error)
+                else:
+                    self._retry.append(work)
+        elif outcome.kind is OutcomeKind.CANCELLED or outcome.error is None:
+            self._stopped(batch)
+        else:
+            self._chunk_failed(batch, outcome.error)
+        if outcome.final:
+            del self._calls[outcome.call_id]
+            self._short -= short
+            self._running -= 1
+            self._drain()
+
+    def _chunk_failed(self, batch: list[_Work], error: ErrorInfo) -> None:
+        """Could not be sent or decoded as a whole: each by itself, so that only the guilty fails."""
+        open_ = [work for work in batch if not work.future.done()]
+        if len(batch) == 1 or error.code == "SF-WORKER-START":
+            for work in open_:
+                _resolve(work.future, error)
+            return
+        lane = self._lane
+        assert lane is not None
+        for work in open_:
+            self._running += 1
+            self._start_one(lane, self._function(work.fn), work)
+
+    @staticmethod
+    def _set_results(batch: list[_Work], first: int, payload: Any) -> None:
+        results = chunks.apart(payload.load()) if payload is not None else ()
+        if results and set(map(type, results)) == _ONES:
+            light.set_results([work.future for work in batch[first : first + len(results)]], map(_of_one, results))
+            return
+        for index, result in enumerate(results, first):
+            future = batch[index].future
+            try:
+                succeeded, value = chunks.read(result)
+            except BaseException as error:
+                future.set_exception(error)
+                continue
+            if succeeded:
+                future.set_result(value)
+            else:
+                _resolve(future, value)
+
+
+def _dump_initializer(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> bytes | None:
+    if initializer is None:
+        return None
+    try:
+        data = pickle.dumps((initializer, initargs), 5)
+        if b"__main__" not in data and all(_importable(part) for part in (initializer, *initargs) if callable(part)):
+            return data
+    except Exception:
+        pass  # cloudpickle may do better
+    import cloudpickle
+
+    try:
+        by_value: bytes = cloudpickle.dumps((initializer, initargs), 5)
+    except Exception as error:
+        raise NotShippableError(f"the initializer cannot be sent to workers: {error}") from error
+    return by_value
+
+
+def _importable(function: Callable[..., object]) -> bool:
+    from stageflow_executors.processes.shipping import Shipping
+
+    return Shipping().importable(getattr(function, "__module__", None) or "builtins")
+
+
+def _serve(pool: list[ProcessPoolExecutor], loop: asyncio.AbstractEventLoop, supply: WorkerSupply) -> None:
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(_hold_open(pool, supply))
+    finally:
+        supply.close()
+
+
+def _pass_on(call_id: int, kind: str, data: Any) -> None:
+    """What a call printed and logged appears here, as from a worker of the standard's pool."""
+    if kind == "print":
+        stream = sys.stderr if data["stream"] == "stderr" else sys.stdout
+        if stream is not None:
+            stream.write(data["text"])
+            stream.flush()
+    elif kind == "log":
+        import logging
+
+        logger = logging.getLogger(data["logger"])
+        if logger.isEnabledFor(data["level"]):
+            text = data["message"] + (f"\n{data['exc']}" if data.get("exc") else "")
+            logger.handle(logger.makeRecord(logger.name, data["level"], "", 0, text, (), None))
+
+
+async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) -> None:
+    """Keep the lane open until the executor in `holder` is shut down, or is dropped and every call has ended."""
+    finished = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def dropped() -> None:
+        try:
+            loop.call_soon_threadsafe(finished.set)
+        except RuntimeError:
+            pass  # it had been shut down
+
+    lane = ProcessExecutor(supply=supply)
+    try:
+        await lane.open()
+    except Exception as error:
+        holder.pop()._break(error)
+        return
+    try:
+        pool = holder.pop()
+        weakref.finalize(pool, dropped).atexit = False
+        pool._finished, pool._lane = finished, lane
+        lane.on_note = _pass_on
+        pool._drain()
+        del pool
+        await finished.wait()
+    finally:
+        await lane.aclose()
+
+
+class ThreadPoolExecutor(_Mapping):
+    """`concurrent.futures.ThreadPoolExecutor` with last-in-first-out reuse of idle threads, which keeps few of them
+    warm.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        thread_name_prefix: str = "",
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+    ) -> None:
+        if max_workers is None:
+            max_workers = min(32, (os.cpu_count() or 1) + 4)
+        if max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        self._max_workers = max_workers
+        prefix = thread_name_prefix or f"ThreadPoolExecutor-{next(_thread_pools)}"
+        self._pool = _Threads(max_workers, prefix, initializer, initargs)
+        self._threads = self._pool.threads
+        # Dropped without a shutdown: what was submitted runs, then the threads end.
+        weakref.finalize(self, self._pool.stop).atexit = False
+        _executors.add(self)
+
+    @property
+    def _broken(self) -> str | None:
+        return self._pool.broken
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run `fn(*args, **kwargs)` in a thread."""
+        future: Future[Any] = Future()
+        self._pool.add(_Work(future, fn, args, kwargs))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the standard's."""
+        self._pool.stop(cancel_futures)
+        if wait:
+            for thread in list(self._threads):
+                thread.join()
+
+
+class _Threads:
+    """The threads of one executor and their queue. They hold this and not the executor, which may be dropped."""
+
+    def __init__(
+        self, limit: int, prefix: str, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+    ) -> None:
+        self.limit = limit
+        self.prefix = prefix
+        self.initializer = initializer
+        self.initargs = initargs
+        self.lock = threading.Lock()
+        self.work: deque[_Work] = deque()
+        self.idle: list[queue.SimpleQueue[_Work | None]] = []
+        self.threads: set[threading.Thread] = set()
+        self.broken: str | None = None
+        self.stopped = False
+
+    def add(self, work: _Work) -> None:
+        """Hand `work` to an idle thread or a new one, or let it wait."""
+        with self.lock:
+            if self.broken is not None:
+                raise BrokenThreadPool(self.broken)
+            if self.stopped or _exiting:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if self.idle:
+                self.idle.pop().put(work)
+                return
+            if len(self.threads) >= self.limit:
+                self.work.append(work)
+            else:
+                mailbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+                mailbox.put(work)  # already its own: a shutdown that cancels what waits does not
+                name = f"{self.prefix}_{len(self.threads)}"
+                thread = threading.Thread(target=self.serve, args=(mailbox,), name=name, daemon=True)
+                self.threads.add(thread)
+                _serving.add(thread)
+                thread.start()
+
+    def serve(self, mailbox: queue.SimpleQueue[_Work | None]) -> None:
+        """One thread's life; its first call is in `mailbox`."""
+        if self.initializer is not None:
+            try:
+                self.initializer(*self.initargs)
+            except BaseException:
+                with self.lock:
+                    first = mailbox.get()
+                    self.work.extend([first] if first is not None else [])
+                self.initializer_failed()
+                return
+        with self.lock:  # until `add`, which starts this thread, has returned: then an idle thread is soon seen as idle
+            work = mailbox.get()
+        if work is None:
+            return
+        while True:
+            self.run(work)
+            work = None
+            with self.lock:
+                if self.work:
+                    work = self.work.popleft()
+                elif self.stopped:
+                    return
+                else:
+                    self.idle.append(mailbox)
+            if work is None:
+                work = mailbox.get()
+                if work is None:
+                    return
+
+    @staticmethod
+    def run(work: _Work) -> None:
+        """Run one call and resolve its future."""
+        future = work.future
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = work.fn(*work.args, **work.kwargs)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def initializer_failed(self) -> None:
+        """Refuse every call from now on, and fail those that wait."""
+        import logging
+
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:\n%s", traceback.format_exc())
+        with self.lock:
+            self.broken = "A thread initializer failed, the thread pool is not usable anymore"
+            dropped, self.work = list(self.work), deque()
+        for work in dropped:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_exception(BrokenThreadPool(self.broken))
+
+    def stop(self, cancel_futures: bool = False) -> None:
+        """Take no more; idle threads end, others when no work is left."""
+        with self.lock:
+            self.stopped = True
+            dropped: list[_Work] = []
+            if cancel_futures:
+                dropped, self.work = list(self.work), deque()
+            idle, self.idle = self.idle, []
+        for mailbox in idle:
+            mailbox.put(None)
+        for work in dropped:
+            if work.future.cancel():
+                work.future.set_running_or_notify_cancel()
+
+
+_thread_pools = itertools.count()
+_executors: weakref.WeakSet[ProcessPoolExecutor | ThreadPoolExecutor] = weakref.WeakSet()
+_serving: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of executors that were dropped
+_exiting = False
+
+
+def _finish_all() -> None:
+    """At interpreter exit pending calls run to their end, as with the standard executors; no new ones are taken."""
+    global _exiting
+    _exiting = True
+    for executor in list(_executors):
+        executor.shutdown(wait=True)
+    for thread in list(_serving):
+        thread.join()
+
+
+# Before the interpreter joins its threads and forbids new ones, as concurrent.futures does it.
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
