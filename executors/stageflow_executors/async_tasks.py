@@ -11,13 +11,12 @@ import inspect
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from types import CoroutineType, GeneratorType
 from typing import Any, Final
 
 from stageflow.core.errors import LaneClosedError
-from stageflow.core.executor import Call, Deliver, Outcome, Reply, Shipped
+from stageflow.core.executor import Call, Deliver, Outcome, Reply
 from stageflow.core.worker import stops_item
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
@@ -37,19 +36,7 @@ class AsyncExecutor(LocalLane):
 
     def __init__(self, max_tasks: int = 1024) -> None:
         super().__init__("async", max_tasks)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: LocalPort | None = None  # the call whose first step is taken inside `start`
-
-    async def open(self) -> None:
-        """Bind to the running loop."""
-        self._loop = asyncio.get_running_loop()
-
-    async def __aenter__(self) -> AsyncExecutor:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose(grace=5.0)
 
     def start(self, call: Call, deliver: Deliver) -> None:
         """Run `call` as a task."""
@@ -128,10 +115,6 @@ class AsyncExecutor(LocalLane):
             port.done = True
             port.deliver(port.cancelled_outcome({"abandoned": True}))
 
-    async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised."""
-        return await submit(self, fn, args, kwargs)
-
     async def aclose(self, *, grace: float) -> None:
         """Cancel what runs and wait up to `grace` seconds for it."""
         self.closed = True
@@ -168,18 +151,6 @@ class InlineExecutor(LocalLane):
         self._queue: deque[LocalPort] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._nested: set[asyncio.Task[None]] = set()  # go on while a call waits for calls behind it
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def open(self) -> None:
-        """Bind to the running loop."""
-        self._loop = asyncio.get_running_loop()
-
-    async def __aenter__(self) -> InlineExecutor:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose(grace=5.0)
 
     def start(self, call: Call, deliver: Deliver) -> None:
         """Queue `call`."""
@@ -255,10 +226,6 @@ class InlineExecutor(LocalLane):
         if force or not port.started:
             self._end(port, port.cancelled_outcome({"abandoned": True} if port.started else None))
 
-    async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised."""
-        return await submit(self, fn, args, kwargs)
-
     async def aclose(self, *, grace: float) -> None:
         """End what is queued; wait up to `grace` seconds for what runs."""
         self.closed = True
@@ -269,43 +236,3 @@ class InlineExecutor(LocalLane):
             if self._worker is not None:
                 self._worker.cancel()
         self._loop = None
-
-
-class _Plain:
-    """A plain function as a shipped one: without the port."""
-
-    __slots__ = ("fn", "kwargs")
-
-    def __init__(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        self.fn = fn
-        self.kwargs = kwargs
-
-    def __call__(self, port: Any, *args: Any) -> Any:
-        return self.fn(*args, **self.kwargs)
-
-
-_ids = iter(range(1 << 40, 1 << 62))
-
-
-async def submit(lane: Any, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One call of a lane of this process, awaited. Cancelling the awaiting task cancels the call."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-    call = Call(next(_ids), Shipped(_Plain(fn, kwargs), label=getattr(fn, "__qualname__", repr(fn))), args)
-
-    def deliver(outcome: Any) -> None:
-        if not outcome.final or future.done():
-            return
-        if outcome.exception is not None:
-            future.set_exception(outcome.exception)
-        elif outcome.kind == 0:
-            future.set_result(outcome.value)
-        else:
-            future.cancel()
-
-    lane.start(call, deliver)
-    try:
-        return await future
-    except asyncio.CancelledError:
-        lane.cancel(call.id, reason="cancelled by the caller")
-        raise

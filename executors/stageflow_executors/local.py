@@ -5,16 +5,18 @@ May import `stageflow.core` only.
 
 from __future__ import annotations
 
+import abc
+import asyncio
 import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from stageflow.core.errors import StageCancelledError
-from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply
+from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply, Shipped
 from stageflow.core.failure import capture
 from stageflow.core.worker import both_stops, stops_item
 
@@ -167,15 +169,78 @@ class LocalPort(msgspec.Struct, eq=False):
         )
 
 
-class LocalLane:
-    """Bookkeeping common to the lanes of this process."""
+class _Plain:
+    """A plain function as a shipped one: without the port."""
+
+    __slots__ = ("fn", "kwargs")
+
+    def __init__(self, fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        self.fn = fn
+        self.kwargs = kwargs
+
+    def __call__(self, port: Any, *args: Any) -> Any:
+        return self.fn(*args, **self.kwargs)
+
+
+_ids = iter(range(1 << 40, 1 << 62))
+
+
+class LocalLane(abc.ABC):
+    """What the lanes of this process have in common: their books, and use by hand (`async with`, `submit`)."""
 
     def __init__(self, lane: str, slots: int) -> None:
         self._lane = lane
         self._slots = slots
         self._ports: dict[int, LocalPort] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.on_note: Noted | None = None
         self.closed = False
+
+    @abc.abstractmethod
+    def start(self, call: Call, deliver: Deliver) -> None:
+        """Run `call`; `deliver` hears of it later, on the lane's loop."""
+
+    @abc.abstractmethod
+    def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
+        """Ask a call to stop, or with `force` end it for the caller's part."""
+
+    @abc.abstractmethod
+    async def aclose(self, *, grace: float) -> None:
+        """Stop everything within `grace` seconds; every call gets its outcome."""
+
+    async def open(self) -> None:
+        """Bind to the running loop."""
+        self._loop = asyncio.get_running_loop()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose(grace=5.0)
+
+    async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised. Cancelling the
+        awaiting task cancels the call."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        call = Call(next(_ids), Shipped(_Plain(fn, kwargs), label=getattr(fn, "__qualname__", repr(fn))), args)
+
+        def deliver(outcome: Outcome) -> None:
+            if not outcome.final or future.done():
+                return
+            if outcome.exception is not None:
+                future.set_exception(outcome.exception)
+            elif outcome.kind is _OK:
+                future.set_result(outcome.value)
+            else:
+                future.cancel()
+
+        self.start(call, deliver)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.cancel(call.id, reason="cancelled by the caller")
+            raise
 
     @property
     def lane(self) -> str:

@@ -17,12 +17,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from typing import Any, cast
 
 from stageflow.core.errors import LaneClosedError
 from stageflow.core.executor import Call, Deliver, Outcome
-from stageflow_executors.async_tasks import submit
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
 
@@ -56,21 +54,9 @@ class ThreadExecutor(LocalLane):
         self._inbox: list[tuple[LocalPort, Outcome]] = []
         self._notes: list[tuple[int, str, Any]] = []
         self._woken = False
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._idle_timeout = idle_timeout
         self._spare = 0  # calls that wait for others of this lane: each has a thread on top
         self.abandoned: list[tuple[int, str]] = []
-
-    async def open(self) -> None:
-        """Bind to the running loop. Threads start when calls need them."""
-        self._loop = asyncio.get_running_loop()
-
-    async def __aenter__(self) -> ThreadExecutor:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose(grace=5.0)
 
     def start(self, call: Call, deliver: Deliver) -> None:
         """Run `call` in a thread; it waits while all are busy."""
@@ -247,10 +233,6 @@ class ThreadExecutor(LocalLane):
             follow = self._queue.popleft() if self._queue else None
         if follow is not None:
             self._restart(follow)
-
-    async def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn(*args, **kwargs)` as a call of this lane and return its result; raises what it raised."""
-        return await submit(self, fn, args, kwargs)
 
     async def aclose(self, *, grace: float) -> None:
         """Ask every call to stop, wait up to `grace` seconds, abandon the rest; idle threads end."""
