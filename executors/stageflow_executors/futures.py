@@ -10,23 +10,17 @@ May import `stageflow.core` and `stageflow_executors` only.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import itertools
 import multiprocessing.process
 import operator
-import os
 import pickle
-import queue
 import sys
 import threading
-import time
-import traceback
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
-from concurrent.futures.thread import BrokenThreadPool
 from typing import Any, Final
 
 import msgspec
@@ -39,11 +33,17 @@ from stageflow_executors import chunks, light
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.supply import WorkerSupply
+from stageflow_executors.standard import Future, Mapping, at_exit
+from stageflow_executors.thread_pool import ThreadPoolExecutor
 
 MAX_CHUNK: Final = 512
 CHUNK_SECONDS: Final = 0.001
 LEAST_SECONDS: Final = 0.0001  #: work worth a hand-off of its own while another short chunk is under way
-Future = concurrent.futures.Future
+__all__ = [
+    "AbortedCallError", "BrokenInitializerError", "LostWorkerError", "ProcessPoolExecutor", "ThreadPoolExecutor",
+    "UnsendableError",
+]  # fmt: skip
+
 _ONES: Final = {list}  #: the types of results that are exact scalars throughout
 _of_one: Final = operator.itemgetter(0)
 
@@ -134,56 +134,7 @@ def _resolve(future: Future[Any], info: ErrorInfo) -> None:
     future.set_exception(error)
 
 
-class _Mapping(concurrent.futures.Executor):
-    """`map` with a bounded buffer, which the standard has from 3.14 on."""
-
-    def map(
-        self,
-        fn: Callable[..., Any],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[Any]:
-        """As the standard's. `buffersize` bounds how many results may wait; chunks are made by themselves."""
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and not isinstance(buffersize, int):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
-        end = None if timeout is None else timeout + time.monotonic()
-        calls = zip(*iterables, strict=False)
-        first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        futures = deque(self.submit(fn, *args) for args in first)
-        # An executor that is dropped must not live on in an iterator that needs no more of it.
-        more = None if buffersize is None else (self.submit(fn, *args) for args in calls)
-        return _results(futures, more, end)
-
-
-def _results(futures: deque[Future[Any]], more: Iterator[Future[Any]] | None, end: float | None) -> Iterator[Any]:
-    def take() -> Any:
-        future = futures.popleft()
-        try:
-            value = future.result(None if end is None else end - time.monotonic())
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            del future
-        if more is not None:
-            futures.extend(itertools.islice(more, 1))
-        return value
-
-    try:
-        while futures:
-            yield take()  # no name here holds the result: it may be big
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-class ProcessPoolExecutor(_Mapping):
+class ProcessPoolExecutor(Mapping):
     """`concurrent.futures.ProcessPoolExecutor`, with workers that may die and arrays that cross without being copied.
 
     `mp_context` is only asked for its start method: "spawn" starts workers by exec, anything else by our own fork
@@ -236,7 +187,7 @@ class ProcessPoolExecutor(_Mapping):
         self._calls: dict[int, list[_Work]] = {}  # what the lane has, by call
         self._functions: dict[int, _Function] = {}
         self._finished: asyncio.Event | None = None
-        _executors.add(self)
+        at_exit.executors.add(self)
 
     # ------------------------------------------------------------ any thread
 
@@ -246,7 +197,7 @@ class ProcessPoolExecutor(_Mapping):
         if type(fn) is not types.FunctionType and _is_bound(fn):
             args, fn = (fn, *args), _invoke
         with self._lock:
-            if self._shutdown or _exiting:
+            if self._shutdown or at_exit.begun:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self._broken is not None:
                 raise BrokenInitializerError(f"the pool could not be started: {self._broken}")
@@ -344,7 +295,7 @@ class ProcessPoolExecutor(_Mapping):
         self._thread = threading.Thread(
             target=_serve, args=([self], self._loop, self._supply), name="stageflow-futures", daemon=True
         )
-        _serving.add(self._thread)
+        at_exit.threads.add(self._thread)
         self._thread.start()
 
     def _release(self) -> None:
@@ -606,175 +557,3 @@ async def _hold_open(holder: list[ProcessPoolExecutor], supply: WorkerSupply) ->
         await finished.wait()
     finally:
         await lane.aclose()
-
-
-class ThreadPoolExecutor(_Mapping):
-    """`concurrent.futures.ThreadPoolExecutor` with last-in-first-out reuse of idle threads, which keeps few of them
-    warm.
-    """
-
-    def __init__(
-        self,
-        max_workers: int | None = None,
-        thread_name_prefix: str = "",
-        initializer: Callable[..., object] | None = None,
-        initargs: tuple[Any, ...] = (),
-    ) -> None:
-        if max_workers is None:
-            max_workers = min(32, (os.cpu_count() or 1) + 4)
-        if max_workers <= 0:
-            raise ValueError("max_workers must be greater than 0")
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
-        self._max_workers = max_workers
-        prefix = thread_name_prefix or f"ThreadPoolExecutor-{next(_thread_pools)}"
-        self._pool = _Threads(max_workers, prefix, initializer, initargs)
-        self._threads = self._pool.threads
-        # Dropped without a shutdown: what was submitted runs, then the threads end.
-        weakref.finalize(self, self._pool.stop).atexit = False
-        _executors.add(self)
-
-    @property
-    def _broken(self) -> str | None:
-        return self._pool.broken
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run `fn(*args, **kwargs)` in a thread."""
-        future: Future[Any] = Future()
-        self._pool.add(_Work(future, fn, args, kwargs))
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As the standard's."""
-        self._pool.stop(cancel_futures)
-        if wait:
-            for thread in list(self._threads):
-                thread.join()
-
-
-class _Threads:
-    """The threads of one executor and their queue. They hold this and not the executor, which may be dropped."""
-
-    def __init__(
-        self, limit: int, prefix: str, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
-    ) -> None:
-        self.limit = limit
-        self.prefix = prefix
-        self.initializer = initializer
-        self.initargs = initargs
-        self.lock = threading.Lock()
-        self.work: deque[_Work] = deque()
-        self.idle: list[queue.SimpleQueue[_Work | None]] = []
-        self.threads: set[threading.Thread] = set()
-        self.broken: str | None = None
-        self.stopped = False
-
-    def add(self, work: _Work) -> None:
-        """Hand `work` to an idle thread or a new one, or let it wait."""
-        with self.lock:
-            if self.broken is not None:
-                raise BrokenThreadPool(self.broken)
-            if self.stopped or _exiting:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            if self.idle:
-                self.idle.pop().put(work)
-                return
-            if len(self.threads) >= self.limit:
-                self.work.append(work)
-            else:
-                mailbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-                mailbox.put(work)  # already its own: a shutdown that cancels what waits does not
-                name = f"{self.prefix}_{len(self.threads)}"
-                thread = threading.Thread(target=self.serve, args=(mailbox,), name=name, daemon=True)
-                self.threads.add(thread)
-                _serving.add(thread)
-                thread.start()
-
-    def serve(self, mailbox: queue.SimpleQueue[_Work | None]) -> None:
-        """One thread's life; its first call is in `mailbox`."""
-        if self.initializer is not None:
-            try:
-                self.initializer(*self.initargs)
-            except BaseException:
-                with self.lock:
-                    first = mailbox.get()
-                    self.work.extend([first] if first is not None else [])
-                self.initializer_failed()
-                return
-        with self.lock:  # until `add`, which starts this thread, has returned: then an idle thread is soon seen as idle
-            work = mailbox.get()
-        if work is None:
-            return
-        while True:
-            self.run(work)
-            work = None
-            with self.lock:
-                if self.work:
-                    work = self.work.popleft()
-                elif self.stopped:
-                    return
-                else:
-                    self.idle.append(mailbox)
-            if work is None:
-                work = mailbox.get()
-                if work is None:
-                    return
-
-    @staticmethod
-    def run(work: _Work) -> None:
-        """Run one call and resolve its future."""
-        future = work.future
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            result = work.fn(*work.args, **work.kwargs)
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def initializer_failed(self) -> None:
-        """Refuse every call from now on, and fail those that wait."""
-        import logging
-
-        logging.getLogger("concurrent.futures").critical("Exception in initializer:\n%s", traceback.format_exc())
-        with self.lock:
-            self.broken = "A thread initializer failed, the thread pool is not usable anymore"
-            dropped, self.work = list(self.work), deque()
-        for work in dropped:
-            if work.future.set_running_or_notify_cancel():
-                work.future.set_exception(BrokenThreadPool(self.broken))
-
-    def stop(self, cancel_futures: bool = False) -> None:
-        """Take no more; idle threads end, others when no work is left."""
-        with self.lock:
-            self.stopped = True
-            dropped: list[_Work] = []
-            if cancel_futures:
-                dropped, self.work = list(self.work), deque()
-            idle, self.idle = self.idle, []
-        for mailbox in idle:
-            mailbox.put(None)
-        for work in dropped:
-            if work.future.cancel():
-                work.future.set_running_or_notify_cancel()
-
-
-_thread_pools = itertools.count()
-_executors: weakref.WeakSet[ProcessPoolExecutor | ThreadPoolExecutor] = weakref.WeakSet()
-_serving: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # also of executors that were dropped
-_exiting = False
-
-
-def _finish_all() -> None:
-    """At interpreter exit pending calls run to their end, as with the standard executors; no new ones are taken."""
-    global _exiting
-    _exiting = True
-    for executor in list(_executors):
-        executor.shutdown(wait=True)
-    for thread in list(_serving):
-        thread.join()
-
-
-# Before the interpreter joins its threads and forbids new ones, as concurrent.futures does it.
-threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
