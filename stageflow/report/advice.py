@@ -35,6 +35,9 @@ _FOR: Final = {
 }
 
 
+_NOTHING: Final[Mapping[str, str]] = {}
+
+
 class Advice(msgspec.Struct, frozen=True):
     """One thing to do. `weight` orders it: about the share of the run it concerns."""
 
@@ -43,15 +46,23 @@ class Advice(msgspec.Struct, frozen=True):
     weight: float
 
 
-def verdict(stats: Mapping[str, StageStats], totals: RunStats, workers: int = 0) -> str:
-    """One sentence on what the run spent its time on."""
+def verdict(
+    stats: Mapping[str, StageStats], totals: RunStats, workers: int = 0, waiting: Mapping[str, str] = _NOTHING
+) -> str:
+    """One sentence on what the run spent its time on. `waiting` is what each stage of a run that goes on waits for."""
     wall = totals.wall_seconds
     ran = [s for s in stats.values() if s.attempts]
     if not ran:
         return "Nothing ran."
     if wall < SHORT:
         return f"The run took {duration(wall)}: too short to name a bottleneck."
-    busiest = max(ran, key=lambda s: s.busy_seconds)
+    # What waits for the stages after it holds up nobody, however much it could do at once.
+    leading = [
+        s for s in ran if s.wait.get("downstream", 0.0) <= 0.5 * wall and "catch up" not in waiting.get(s.stage, "")
+    ]
+    busiest = max(leading, key=lambda s: s.busy_seconds, default=ran[0])
+    if busiest.busy_seconds <= 0:
+        busiest = max(ran, key=lambda s: s.busy_seconds)
     if busiest.busy_seconds <= 0:
         return (
             f"The run took {duration(wall)} and its stages next to nothing: the time went into waiting and scheduling."

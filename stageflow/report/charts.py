@@ -107,7 +107,7 @@ def _box_lines(fold: ReportFold, s: StageStats) -> list[str]:
     shape = fold.shapes.get(s.stage, "")
     first = " · ".join(w for w in (shape if shape != "stage" else "", s.lane) if w)
     if s.status in ("skip", "pending"):
-        second = {"skip": "skipped", "pending": "did not run"}[s.status]
+        second = "skipped" if s.status == "skip" else "not yet begun" if fold.status == "running" else "did not run"
     elif s.items_in > 1 or shape not in ("stage", ""):
         bad = f", {number(s.failed)} failed" if s.failed else ""
         second = f"{number(s.items_in)} → {number(s.items_out)}{bad} · {duration(s.p50_seconds)}"

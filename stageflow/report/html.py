@@ -77,7 +77,7 @@ def render_body(fold: ReportFold, *, graph: str | None = None) -> str:
     drawing = graph_svg(fold, stats) or (graph or "")
     parts = [
         _header(fold, totals),
-        _verdict(stats, totals, workers),
+        _verdict(stats, totals, workers, fold),
         _cards(fold, totals, workers),
         _section("Graph", f'<div class="scroll">{drawing}</div>' if drawing else "", "graph"),
         _section("Stages", _stage_table(shown, len(stats), fold), "stages"),
@@ -117,12 +117,13 @@ def _header(fold: ReportFold, totals: RunStats) -> str:
     )
 
 
-def _verdict(stats: Mapping[str, StageStats], totals: RunStats, workers: int) -> str:
+def _verdict(stats: Mapping[str, StageStats], totals: RunStats, workers: int, fold: ReportFold) -> str:
     lines = "".join(
         f"<li>{f'<b>{esc(a.stage)}</b>: ' if a.stage else ''}{esc(a.text)}</li>" for a in advice(stats, totals, workers)
     )
     todo = f"<ul>{lines}</ul>" if lines else ""
-    return f'<div class="verdict"><p>{esc(verdict(stats, totals, workers))}</p>{todo}</div>'
+    said = verdict(stats, totals, workers, fold.waiting if fold.status == "running" else {})
+    return f'<div class="verdict"><p>{esc(said)}</p>{todo}</div>'
 
 
 def _cards(fold: ReportFold, totals: RunStats, workers: int) -> str:
@@ -197,13 +198,32 @@ _COLUMNS = (
     _Column("read", _when(text.size, lambda s: s.bytes_in), lambda s: s.bytes_in, optional=True),
     _Column("written", _when(text.size, lambda s: s.bytes_out), lambda s: s.bytes_out, optional=True),
 )
+
+
+def _now(fold: ReportFold) -> tuple[_Column, ...]:
+    """What stages do at this moment; nothing when the run has ended."""
+    if fold.status != "running":
+        return ()
+
+    def doing(s: StageStats) -> str:
+        if s.status != "running":
+            return ""
+        why, busy = fold.waiting.get(s.stage), fold.running.get(s.stage)
+        return f"waits for {esc(why)}" if why else f"{text.number(busy)} at work" if busy else ""
+
+    def queued(s: StageStats) -> float:
+        return fold.queued.get(s.stage, 0)
+
+    return (_Column("now", doing, optional=True), _count("queued", queued))
+
+
 _STATES = {"ok": "done", "fail": "failed", "skip": "skipped", "cancel": "cancelled"}
 
 
 def _stage_table(stats: Mapping[str, StageStats], total: int, fold: ReportFold) -> str:
     if not stats:
         return ""
-    columns = [c for c in _COLUMNS if not c.optional or any(c.show(s) for s in stats.values())]
+    columns = [c for c in (*_now(fold), *_COLUMNS) if not c.optional or any(c.show(s) for s in stats.values())]
     heads = ['<th scope="col">stage</th><th scope="col">state</th>']
     for c in columns:
         css = ' class="n"' if c.key is not None and c.head != "waited for" else ""

@@ -67,7 +67,7 @@ svg.graph{display:block;margin:0 auto;font-family:inherit;max-width:none}
 .dask{--c:var(--dask)}.ray{--c:var(--ray)}
 .graph .stripe,.graph .bar,.strip rect{fill:var(--c,var(--other))}
 table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{padding:6px 8px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:6px 6px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:500;font-size:12.5px;position:sticky;top:0;background:var(--card)}
 .sortable thead th{cursor:pointer}
 tbody th{font-weight:600;max-width:260px;overflow:hidden;text-overflow:ellipsis;position:sticky;left:0;
@@ -77,7 +77,7 @@ tbody tr:last-child>*{border-bottom:0}
 td.bad,td.fail{color:var(--bad);font-weight:600}
 td.skip,td.cancel{color:var(--warn)}
 .lane{border-left:3px solid var(--c,var(--other));padding-left:7px}
-.waits{display:inline-flex;width:84px;height:8px;border-radius:4px;overflow:hidden;background:var(--faint);
+.waits{display:inline-flex;width:64px;height:8px;border-radius:4px;overflow:hidden;background:var(--faint);
 margin-right:8px;vertical-align:middle}
 .waits i{display:block;height:100%;background:var(--other)}
 .waits .w-slot{background:var(--process)}.waits .w-upstream{background:var(--other)}

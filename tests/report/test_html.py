@@ -173,6 +173,12 @@ def test_verdicts() -> None:
     assert "95 %" in said
     assert "fetch waited 71 %" in said
     slow = stats("fetch", lane="async", busy_seconds=5.0, wait={"rate": 8.0})
+    held_up = stats("ask", lane="async", busy_seconds=300.0, wait={"downstream": 9.0})
+    behind = stats("parse", lane="process", busy_seconds=8.0, wait={"slot": 8.0})
+    assert verdict({"ask": held_up, "parse": behind}, run).startswith("parse is the bottleneck")
+    running = {"ask": stats("ask", busy_seconds=300.0), "parse": behind}
+    assert verdict(running, run, waiting={"ask": "parse to catch up"}).startswith("parse is the bottleneck")
+    assert verdict(running, run).startswith("ask is the bottleneck")
     assert "its rate limit" in verdict({"fetch": slow}, run)
     alone = stats("load", lane="thread", busy_seconds=9.5)
     assert verdict({"load": alone}, run).startswith("load is the bottleneck")
