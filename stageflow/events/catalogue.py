@@ -30,10 +30,35 @@ class EventData(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.asdict(self)
 
 
+class Identified(EventData, frozen=True, kw_only=True):
+    """The ids of a run's identity."""
+
+    request_id: str | None = None
+    session_id: str | None = None
+    user_id: str | None = None
+    org_id: str | None = None
+    service: str | None = None
+    execution_mode: str | None = None
+    topology: str | None = None
+
+
+class Measured(EventData, frozen=True, kw_only=True):
+    """What an attempt, or a block of items, took."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    worker_pid: int = 0
+    queued_ms: float = 0.0
+    started: float = 0.0
+    rss_bytes: int = 0
+
+
 # ---------------------------------------------------------------- runs
 
 
-class RunStarted(EventData, frozen=True, kw_only=True):
+class RunStarted(Identified, frozen=True, kw_only=True):
     """A run began. `shapes` says source, map, reduce, sink or stage for each stage; ids are the run identity's."""
 
     pipeline: str = ""
@@ -44,13 +69,6 @@ class RunStarted(EventData, frozen=True, kw_only=True):
     edges: list[tuple[str, str]] = []
     workers: int = 0
     memory_limit: int | None = None
-    request_id: str | None = None
-    session_id: str | None = None
-    user_id: str | None = None
-    org_id: str | None = None
-    service: str | None = None
-    execution_mode: str | None = None
-    topology: str | None = None
     parent_run_id: str | None = None
     monotonic: float | None = (
         None  #: the machine's monotonic clock at this event's time: relates `started` to Unix time
@@ -78,24 +96,16 @@ class StageStarted(EventData, frozen=True, kw_only=True):
     queued_ms: float = 0.0
 
 
-class StageAttempt(EventData, frozen=True, kw_only=True):
+class StageAttempt(Measured, frozen=True, kw_only=True):
     """An attempt ended: `status` is ok, fail, retry, skip or cancel; `final` False means another attempt follows."""
 
     status: str = "ok"
     final: bool = True
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    worker_pid: int = 0
-    queued_ms: float = 0.0
-    started: float = 0.0
-    rss_bytes: int = 0
     error: str | None = None
     error_type: str | None = None
 
 
-class StageItems(EventData, frozen=True, kw_only=True):
+class StageItems(Measured, frozen=True, kw_only=True):
     """Items `lo` to `hi` (exclusive) of a stream stage ended; `emitted` is what left if that is not `ok`. `cancelled`
     items came in and were not finished: the stage or the run was over."""
 
@@ -109,29 +119,13 @@ class StageItems(EventData, frozen=True, kw_only=True):
     failed: int = 0
     cancelled: int = 0
     emitted: int | None = None
-    seconds: float = 0.0
     max_seconds: float | None = None
-    cpu_seconds: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    worker_pid: int = 0
-    queued_ms: float = 0.0
-    started: float = 0.0
-    rss_bytes: int = 0
 
 
-class StageCompleted(EventData, frozen=True, kw_only=True):
+class StageCompleted(Measured, frozen=True, kw_only=True):
     """A stage ended well. Stream stages have the item counts; `wait` splits the time it could not run by reason."""
 
     duration_ms: float = 0.0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    worker_pid: int = 0
-    queued_ms: float = 0.0
-    started: float = 0.0
-    rss_bytes: int = 0
     data_keys: list[str] = []
     wait: Wait = {}
     items_in: int | None = None
@@ -379,17 +373,10 @@ class ContextSize(EventData, frozen=True, kw_only=True):
     size_bytes: int = 0
 
 
-class StageWide(EventData, frozen=True, kw_only=True):
+class StageWide(Identified, frozen=True, kw_only=True):
     """Everything known about one attempt or one closed stream stage, in one row."""
 
     pipeline_run_id: str | None = None
-    request_id: str | None = None
-    session_id: str | None = None
-    user_id: str | None = None
-    org_id: str | None = None
-    service: str | None = None
-    execution_mode: str | None = None
-    topology: str | None = None
     pipeline_name: str = ""
     stage: str = ""
     kind: str = ""
@@ -420,17 +407,10 @@ class StageWide(EventData, frozen=True, kw_only=True):
     extra: dict[str, Any] = {}
 
 
-class PipelineWide(EventData, frozen=True, kw_only=True):
+class PipelineWide(Identified, frozen=True, kw_only=True):
     """Everything known about one run, in one row. `status` is the run's true status: completed, failed or cancelled."""
 
     pipeline_run_id: str | None = None
-    request_id: str | None = None
-    session_id: str | None = None
-    user_id: str | None = None
-    org_id: str | None = None
-    service: str | None = None
-    execution_mode: str | None = None
-    topology: str | None = None
     pipeline_name: str = ""
     status: str = ""
     started_at: str = ""

@@ -16,14 +16,14 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import msgspec
-
 from stageflow.events import names
 from stageflow.events.event import Event
 from stageflow.observability.histogram import Histogram
+from stageflow.observability.tally import MAX_PIDS
+from stageflow.observability.tally import RunStats as RunStats
+from stageflow.observability.tally import StageStats as StageStats
+from stageflow.observability.tally import StageTally as StageTally
 
-#: A stage that went through more workers than this lists the first ones only.
-_MAX_PIDS: Final = 256
 #: The ordinary life of a plain stage is kept as it came and folded when somebody reads (most runs are never asked for
 #: numbers): 0.1 us instead of 2 us per event. At this many they are folded anyway, so memory stays bounded.
 _LATE: Final = frozenset({names.STAGE_STARTED, names.STAGE_ATTEMPT, names.STAGE_COMPLETED})
@@ -32,223 +32,9 @@ _APART: Final = frozenset(
     {names.RUN_STARTED, names.RUN_COMPLETED, names.RUN_FAILED, names.RUN_CANCELLED, names.WORKER_STARTED}
 )
 _MAX_LATE: Final = 65_536
-#: an attempt of a stage: the index path of its item, and its number
-_Attempt = tuple[tuple[int, ...] | None, int | None]
 #: rows of more stages than this (a tenth) are packed into a table: 80 bytes a stage
 _MAX_CELLS: Final = 327_680
 _WIDTH: Final = 10
-
-
-class StageStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one stage did. Times are seconds; `busy_seconds` is spent inside the function, summed over attempts.
-
-    `p50_seconds`, `p95_seconds` and `max_seconds` are per attempt (percentiles within 6.25 %; items of a block count
-    with its mean). `wait` maps a reason (slot, token, rate, bytes, memory, upstream, downstream, ...) to seconds;
-    what an attempt says it waits for (`ctx.waiting`: approval, ...) is part of `busy_seconds` as well.
-    """
-
-    stage: str
-    lane: str = ""
-    kind: str = ""
-    status: str = "pending"
-    items_in: int = 0
-    items_out: int = 0
-    dropped: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    emitted: int = 0
-    skipped: int = 0
-    retried: int = 0
-    attempts: int = 0
-    wall_seconds: float = 0.0
-    busy_seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    queued_seconds: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    wait: dict[str, float] = {}
-    p50_seconds: float = 0.0
-    p95_seconds: float = 0.0
-    max_seconds: float = 0.0
-    worker_pids: tuple[int, ...] = ()
-
-    @property
-    def rate(self) -> float:
-        """Items that ended per second of wall time; 0.0 before any time has passed."""
-        return self.items_in / self.wall_seconds if self.wall_seconds > 0 else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping of every field."""
-        return msgspec.structs.asdict(self)
-
-
-class RunStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The totals of a run over all its stages; `wall_seconds` is the run's own duration."""
-
-    run_id: str | None = None
-    pipeline: str = ""
-    status: str = "running"
-    stages: int = 0
-    events: int = 0
-    wall_seconds: float = 0.0
-    busy_seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    items_in: int = 0
-    items_out: int = 0
-    dropped: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    retried: int = 0
-    attempts: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    workers_started: int = 0
-    workers_lost: int = 0
-    workers_recycled: int = 0
-    backpressure_seconds: dict[str, float] = {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping of every field."""
-        return msgspec.structs.asdict(self)
-
-
-class StageTally:
-    """The counters of one stage while its run goes on. Read by live views; changed by `StatsFold` only."""
-
-    __slots__ = (
-        "attempt_covered",
-        "attempts_ended",
-        "bytes_in",
-        "bytes_out",
-        "cancelled",
-        "cpu_seconds",
-        "dropped",
-        "emitted",
-        "ended_ns",
-        "failed",
-        "held",
-        "histogram",
-        "items_out",
-        "lane",
-        "pids",
-        "progress",
-        "queued_seconds",
-        "retried",
-        "skipped",
-        "started_ns",
-        "status",
-        "streaming",
-        "wait",
-        "wall_seconds",
-    )
-
-    def __init__(self) -> None:
-        self.lane: str | None = None
-        self.status = "pending"
-        self.started_ns = 0
-        self.ended_ns = 0
-        self.items_out = 0
-        self.dropped = 0
-        self.failed = 0
-        self.cancelled = 0
-        self.emitted = 0
-        self.skipped = 0
-        self.retried = 0
-        self.attempts_ended = 0
-        self.attempt_covered = 0
-        self.wall_seconds = 0.0
-        self.cpu_seconds = 0.0
-        self.queued_seconds = 0.0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.streaming = False
-        self.wait: dict[str, float] | None = None
-        #: reason -> (since when, the attempts that wait for it)
-        self.held: dict[str, tuple[int, set[_Attempt]]] | None = None
-        self.histogram: Histogram | None = None
-        self.pids: dict[int, None] | None = None
-        self.progress: tuple[float, float | None, str] | None = None
-
-    @property
-    def items_in(self) -> int:
-        """Items that ended, whatever way."""
-        return self.items_out + self.dropped + self.failed + self.cancelled
-
-    def measure(self, data: Mapping[str, Any], weight: int, ended_ns: int) -> None:
-        """Take the times, bytes and worker of an attempt, or of a block of `weight` items."""
-        get = data.get
-        seconds = get("seconds")
-        if seconds is not None and weight > 0:
-            histogram = self.histogram
-            if histogram is None:
-                histogram = self.histogram = Histogram()
-            histogram.add(seconds / weight if weight > 1 else seconds, weight)
-            longest = get("max_seconds")
-            if longest is not None and longest > histogram.maximum:
-                histogram.maximum = longest
-        self.cpu_seconds += get("cpu_seconds") or 0.0
-        self.queued_seconds += (get("queued_ms") or 0.0) / 1000.0
-        self.bytes_in += get("bytes_in") or 0
-        self.bytes_out += get("bytes_out") or 0
-        pid = get("worker_pid")
-        if pid:
-            pids = self.pids
-            if pids is None:
-                pids = self.pids = {}
-            if pid not in pids and len(pids) < _MAX_PIDS:
-                pids[pid] = None
-        self.ended_ns = ended_ns
-
-    def close(self, status: str, event: Event) -> None:
-        """The stage ended: its status, wall time and waits."""
-        self.status = status
-        self.ended_ns = event.time_unix_ns
-        data = event.data
-        duration = data.get("duration_ms")
-        if duration is not None:
-            self.wall_seconds += duration / 1000.0
-        elif self.started_ns:
-            self.wall_seconds += max(0, event.time_unix_ns - self.started_ns) / 1e9
-        for reason, seconds in (data.get("wait") or {}).items():
-            self._waited(reason, seconds)
-        for reason, (since, _) in (self.held or {}).items():
-            self._waited(reason, max(0, event.time_unix_ns - since) / 1e9)
-        self.held = None
-
-    def _waited(self, reason: str, seconds: float) -> None:
-        if self.wait is None:
-            self.wait = {}
-        self.wait[reason] = self.wait.get(reason, 0.0) + seconds
-
-    def wait_begins(self, reason: str, attempt: _Attempt, now_ns: int) -> None:
-        """An attempt waits for something outside."""
-        if self.held is None:
-            self.held = {}
-        self.held.setdefault(reason, (now_ns, set()))[1].add(attempt)
-
-    def wait_ends(self, reason: str, attempt: _Attempt, now_ns: int) -> None:
-        """It waits no more: the stage has waited while at least one of its attempts did."""
-        since, attempts = (self.held or {}).get(reason, (now_ns, set()))
-        if attempt not in attempts:
-            return
-        attempts.discard(attempt)
-        if not attempts and self.held is not None:
-            del self.held[reason]
-            self._waited(reason, max(0, now_ns - since) / 1e9)
-
-    def waits_at(self, now_ns: int) -> dict[str, float]:
-        """Seconds waited by reason, those still being waited included (to `now_ns`, where it is given)."""
-        found = dict(self.wait or {})
-        if now_ns:
-            for reason, (since, _) in (self.held or {}).items():
-                found[reason] = found.get(reason, 0.0) + max(0, now_ns - since) / 1e9
-        return found
-
-    def wall_at(self, now_ns: int) -> float:
-        """Seconds from the start to the end, or to `now_ns` (Unix) while it runs."""
-        if self.wall_seconds or not self.started_ns or self.status != "running":
-            return self.wall_seconds
-        return max(0, now_ns - self.started_ns) / 1e9
 
 
 class StatsFold:
@@ -407,7 +193,7 @@ class StatsFold:
         if pid:
             if tally.pids is None:
                 tally.pids = {}
-            if len(tally.pids) < _MAX_PIDS:
+            if len(tally.pids) < MAX_PIDS:
                 tally.pids[int(pid)] = None
         tally.lane = lanes[number]
         tally.status = "ok"
