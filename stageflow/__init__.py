@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stageflow.context.cleanup import run_with_cleanup as run_with_cleanup
     from stageflow.context.identity import RunIdentity as RunIdentity
     from stageflow.context.inputs import StageInputs as StageInputs
+    from stageflow.context.interception import InterceptorContext as InterceptorContext
     from stageflow.context.pipeline_context import ExecutionContext as ExecutionContext
     from stageflow.context.pipeline_context import PipelineContext as PipelineContext
     from stageflow.context.snapshot import ContextSnapshot as ContextSnapshot
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from stageflow.pipeline.interceptors import ImmutabilityCheck as ImmutabilityCheck
     from stageflow.pipeline.interceptors import InputsChangedError as InputsChangedError
     from stageflow.pipeline.interceptors import Interceptor as Interceptor
-    from stageflow.pipeline.interceptors import InterceptorContext as InterceptorContext
     from stageflow.pipeline.interceptors import LoggingInterceptor as LoggingInterceptor
     from stageflow.pipeline.interceptors import MetricsInterceptor as MetricsInterceptor
     from stageflow.pipeline.interceptors import RateLimit as RateLimit
@@ -150,7 +150,7 @@ _HOME = {
     "InMemoryIdempotencyStore": "store.idempotency",
     "InputsChangedError": "pipeline.interceptors",
     "Interceptor": "pipeline.interceptors",
-    "InterceptorContext": "pipeline.interceptors",
+    "InterceptorContext": "context.interception",
     "InvariantError": "core.errors",
     "ItemSequence": "runtime.sequence",
     "JitterStrategy": "pipeline.policies",

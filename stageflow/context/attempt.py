@@ -23,6 +23,7 @@ from stageflow.core.kinds import StageStatus
 from stageflow.core.output import StageOutput
 
 if TYPE_CHECKING:
+    from stageflow.context.inside import Inside
     from stageflow.core.worker import WorkerPort
 
 _local = threading.local()
@@ -177,6 +178,7 @@ class Program:
         "declared",
         "form",
         "grace",
+        "inside",
         "is_async",
         "kind",
         "name",
@@ -203,6 +205,7 @@ class Program:
         resources: Mapping[str, Callable[[], Any]] | None = None,
         resource_scope: int = 0,
         grace: float = 5.0,
+        inside: Inside | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -216,6 +219,7 @@ class Program:
         self.returns = returns
         self.resources = dict(resources or {})
         self.resource_scope = resource_scope
+        self.inside = inside  #: interceptors that asked to be called here; then there is a context
         self.grace = grace  #: seconds for the cleanups of an attempt
         self._bound: Callable[..., Any] | None = None
         self._checker: Any = None
@@ -244,6 +248,11 @@ class Program:
         if bound is None:
             bound = self._bound = self.runner if self.form == "function" else instance_of(self.runner).execute
         return bound
+
+    def function(self, ctx: StageContext | None, port: WorkerPort) -> Callable[..., Any]:
+        """What is called, with the interceptors around it that asked to be here."""
+        target = self.target()
+        return target if self.inside is None or ctx is None else self.inside.around(target, ctx, port)
 
     def context(
         self,
@@ -290,7 +299,7 @@ class Program:
         ctx = self.context(port, header, snapshot, values)
         args, kwargs = plan.arguments(values, ctx, None)
         try:
-            result = self.target()(*args, **kwargs)
+            result = self.function(ctx, port)(*args, **kwargs)
             if self.is_async or inspect.isawaitable(result):
                 result = run_coroutine(_awaited(result), port)
         except BaseException:
@@ -311,7 +320,7 @@ class Program:
         ctx = self.context(port, header, snapshot, values)
         args, kwargs = plan.arguments(values, ctx, None)
         try:
-            result = self.target()(*args, **kwargs)
+            result = self.function(ctx, port)(*args, **kwargs)
             if self.is_async or inspect.isawaitable(result):
                 result = await result
         except BaseException:

@@ -6,91 +6,18 @@ engine), so that graphs stay re-entrant. It waits, logs and measures through its
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from typing import Any, ClassVar, Final, Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 
 import msgspec
 
+from stageflow.context.interception import Gate, InterceptorContext, Scope
 from stageflow.core.errors import CircuitOpenError, DefinitionError
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 
-S = TypeVar("S")
-Scope = Literal["run", "engine"]
-
 INFO: Final = 20
 WARNING: Final = 30
-
-
-class Gate(Protocol):
-    """Something one coroutine awaits and another opens."""
-
-    def __await__(self) -> Generator[Any, Any, Any]: ...
-
-    def done(self) -> bool:
-        """True once opened, or once its waiter has gone."""
-        ...
-
-    def set_result(self, result: None, /) -> None:
-        """Open it."""
-        ...
-
-
-class Services(Protocol):
-    """What the runtime does for interceptors."""
-
-    def sleep(self, seconds: float) -> Awaitable[None]:
-        """Wait; ends early only by cancellation."""
-        ...
-
-    def gate(self) -> Gate:
-        """A closed gate on the loop of the run."""
-        ...
-
-    def log(self, level: int, message: str, fields: dict[str, Any]) -> None:
-        """Write to the log."""
-        ...
-
-    def digest(self, value: Any) -> str:
-        """A hash of a value's content, however deep."""
-        ...
-
-    def state(self, owner: Any, factory: Callable[[], Any], scope: Scope) -> Any:
-        """What `owner` keeps in this run or engine; made on first use."""
-        ...
-
-
-class InterceptorContext(msgspec.Struct, kw_only=True):
-    """One attempt as interceptors see it. `now()` is in monotonic seconds; `emit(type, data)` sends an event.
-
-    `inputs` and `snapshot` are what the stage gets; reading a value of them may decode it.
-    """
-
-    stage: str
-    run_id: str
-    services: Services
-    emit: Callable[[str, dict[str, Any]], Any]
-    now: Callable[[], float]
-    attempt: int = 1
-    item: tuple[int, ...] | None = None
-    lane: str = ""
-    kind: str = ""
-    inputs: Any = None
-    snapshot: Any = None
-    memory: dict[int, Any] = {}
-
-    def state(self, owner: Any, factory: Callable[[], S], scope: Scope = "run") -> S:
-        """What `owner` keeps across attempts."""
-        kept: S = self.services.state(owner, factory, scope)
-        return kept
-
-    def remember(self, owner: Any, value: Any) -> None:
-        """Keep a value from `before` to `after` of this attempt."""
-        self.memory[id(owner)] = value
-
-    def recall(self, owner: Any, default: Any = None) -> Any:
-        """What `remember` kept, once."""
-        return self.memory.pop(id(owner), default)
 
 
 @runtime_checkable
@@ -117,9 +44,15 @@ class Interceptor(Protocol):
 
 
 class BaseInterceptor(msgspec.Struct, frozen=True, kw_only=True):
-    """Does nothing at priority 0: override what is wanted. Equal values are still two interceptors."""
+    """Does nothing at priority 0: override what is wanted. Equal values are still two interceptors.
+
+    With `in_worker` the hooks are called where the attempt runs, beside the stage's function: in its worker, its thread
+    or on the loop. What such a one keeps in `ctx.state` is kept per process. It is inside all those of the parent, does
+    not see a worker die, and is sent with the stage's code.
+    """
 
     priority: int = 0
+    in_worker: bool = False
     scope: ClassVar[Scope] = "run"
 
     def before(self, ctx: InterceptorContext) -> Any:
@@ -133,6 +66,11 @@ class BaseInterceptor(msgspec.Struct, frozen=True, kw_only=True):
     def on_error(self, ctx: InterceptorContext, error: ErrorInfo) -> Any:
         """Leave the failure."""
         return None
+
+
+def asks_for_worker(interceptor: Any) -> bool:
+    """Whether the hooks of an interceptor are to be called where the attempt runs."""
+    return bool(getattr(interceptor, "in_worker", False))
 
 
 class InterceptorChain:
@@ -173,6 +111,15 @@ class InterceptorChain:
         return iter(self.interceptors)
 
 
+def _parent_only(interceptor: BaseInterceptor) -> None:
+    if interceptor.in_worker:
+        raise DefinitionError(
+            f"{type(interceptor).__name__} decides for all attempts at once and cannot be split over workers",
+            hint="leave out in_worker=True",
+            field="in_worker",
+        )
+
+
 def _positive(what: str, value: float) -> None:
     if not value > 0:
         raise DefinitionError(f"{what} must be greater than 0, not {value!r}", field=what)
@@ -187,6 +134,7 @@ class TimeoutInterceptor(BaseInterceptor, frozen=True, kw_only=True):
     seconds: float
 
     def __post_init__(self) -> None:
+        _parent_only(self)
         _positive("seconds", self.seconds)
 
 
@@ -217,6 +165,7 @@ class CircuitBreaker(BaseInterceptor, frozen=True, kw_only=True):
     scope: ClassVar[Scope] = "engine"
 
     def __post_init__(self) -> None:
+        _parent_only(self)
         _positive("threshold", self.threshold)
         _positive("cooldown", self.cooldown)
 
@@ -301,6 +250,7 @@ class RateLimit(BaseInterceptor, frozen=True, kw_only=True):
     burst: int = 1
 
     def __post_init__(self) -> None:
+        _parent_only(self)
         _positive("rate", self.rate)
         _positive("burst", self.burst)
 
@@ -330,6 +280,7 @@ class ConcurrencyLimit(BaseInterceptor, frozen=True, kw_only=True):
     limit: int
 
     def __post_init__(self) -> None:
+        _parent_only(self)
         _positive("limit", self.limit)
 
     async def before(self, ctx: InterceptorContext) -> Any:
@@ -419,7 +370,8 @@ class MetricsInterceptor(BaseInterceptor, frozen=True, kw_only=True):
 class ImmutabilityCheck(BaseInterceptor, frozen=True, kw_only=True):
     """FAILs an attempt that changed its inputs or the snapshot. Hashes all of them twice: for tests.
 
-    It sees what is in this process: a stage in a worker changes its own copy, which harms nobody.
+    It sees what is in this process: a stage in a worker changes its own copy, which harms nobody. With
+    `in_worker=True` it looks at that copy, and finds the offender in every lane alike.
     """
 
     priority: int = -50

@@ -8,18 +8,19 @@ through both untouched, since infrastructure is the scheduler's business.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from stageflow.context.attempt import ABSENT
+from stageflow.context.interception import Gate, InterceptorContext
 from stageflow.context.items import Done, ItemFailure
 from stageflow.core.executor import Call, Outcome, OutcomeKind
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
-from stageflow.pipeline.interceptors import InterceptorChain, InterceptorContext
+from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
 from stageflow.pipeline.policies import Policies
 from stageflow.pipeline.spec import StageSpec
 from stageflow.runtime.inputs import stage_inputs
@@ -45,18 +46,58 @@ class _Infrastructure(BaseException):
 
 
 class _Handle:
-    """Lets the driver cancel what happens before and after the attempt itself."""
+    """Lets the driver cancel what happens before and after the attempt itself, and know when that only waits."""
 
-    __slots__ = ("inside", "task")
+    __slots__ = ("_driver", "inside", "task", "waits")
 
-    def __init__(self) -> None:
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
         self.inside = False  # the lane has the attempt: cancelling is its business
+        self.waits = False  # an interceptor lets it wait
         self.task: asyncio.Task[None] | None = None
+
+    async def wait(self, what: Awaitable[None]) -> None:
+        """Wait for the clock or for another attempt."""
+        self.waits = True
+        self._driver.settled()
+        try:
+            await what
+        finally:
+            self.waits = False
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait on the driver's clock."""
+        await self.wait(self._driver.sleep(seconds))
+
+    def gate(self) -> Gate:
+        """A future of the running loop, waited for as such."""
+        return _Gate(self, self._driver.loop.create_future())
 
     def cancel(self) -> None:
         """Stop waiting for a claim or an interceptor."""
         if not self.inside and self.task is not None:
             self.task.cancel()
+
+
+class _Gate:
+    """What one attempt awaits and another opens."""
+
+    __slots__ = ("_future", "_handle")
+
+    def __init__(self, handle: _Handle, future: asyncio.Future[None]) -> None:
+        self._handle = handle
+        self._future = future
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._handle.wait(self._future).__await__()
+
+    def done(self) -> bool:
+        """True once opened, or once its waiter has gone."""
+        return self._future.done()
+
+    def set_result(self, result: None, /) -> None:
+        """Open it."""
+        self._future.set_result(result)
 
 
 class Around:
@@ -65,7 +106,7 @@ class Around:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._states = InterceptorStates()
-        self._runs: dict[str, InterceptorServices] = {}
+        self._runs: dict[str, InterceptorStates] = {}
         self._chains: dict[int, tuple[Any, InterceptorChain]] = {}
         self._versions: dict[int, tuple[Any, str]] = {}
         self._store: Any = None
@@ -74,11 +115,13 @@ class Around:
 
     def wanted(self, policies: Policies) -> bool:
         """Whether an attempt with these policies needs anything around it."""
-        return policies.idempotency is not None or bool(policies.interceptors)
+        if policies.idempotency is not None:
+            return True
+        return any(not asks_for_worker(one) for one in policies.interceptors)
 
     def around(self, driver: Driver, running: Running, call: Call, spec: StageSpec) -> None:
         """Run the attempt with everything around it; its outcome goes to the driver as any other."""
-        handle = _Handle()
+        handle = _Handle(driver)
         running.claim = handle
         handle.task = driver.loop.create_task(self._run(driver, running, call, spec, handle))
 
@@ -306,15 +349,19 @@ class Around:
     def _chain(self, interceptors: tuple[Any, ...]) -> InterceptorChain:
         known = self._chains.get(id(interceptors))
         if known is None:
-            known = self._chains[id(interceptors)] = (interceptors, InterceptorChain(interceptors))
+            known = self._chains[id(interceptors)] = (
+                interceptors,
+                InterceptorChain(one for one in interceptors if not asks_for_worker(one)),
+            )
         return known[1]
 
     def _context(self, driver: Driver, running: Running, call: Call, spec: StageSpec) -> InterceptorContext:
         job, action = running.job, running.action
-        services = self._runs.get(job.run_id)
-        if services is None:
-            states = InterceptorStates(self._states)
-            services = self._runs[job.run_id] = InterceptorServices(states, sleep=driver.sleep)
+        states = self._runs.get(job.run_id)
+        if states is None:
+            states = self._runs[job.run_id] = InterceptorStates(self._states)
+        handle: _Handle = running.claim
+        services = InterceptorServices(states, sleep=handle.sleep, gate=handle.gate)
         item: tuple[int, ...] | None = None
         inputs: Any
         if type(action) is act.StartBlock:

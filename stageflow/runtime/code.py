@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from stageflow.context.attempt import CallPlan, Program, Slot
+from stageflow.context.inside import Inside
 from stageflow.context.items import ItemProgram, ReduceProgram
 from stageflow.context.region import RegionProgram
 from stageflow.context.tracing import Traced
@@ -16,6 +17,7 @@ from stageflow.core.executor import Shipped
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.checks import checked_annotation
 from stageflow.pipeline.graph import StageGraph
+from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
 from stageflow.pipeline.placement import place
 from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.spec import Role, StageSpec
@@ -274,7 +276,9 @@ class GraphCode:
         if spec.form != "function":
             positional = [("ctx", 0)]
             keywords = []
-        wants_ctx = spec.wants_ctx or spec.form != "function"
+        asked = [one for one in spec.policies.interceptors if asks_for_worker(one)]
+        inside = Inside(InterceptorChain(asked).interceptors) if asked else None
+        wants_ctx = spec.wants_ctx or spec.form != "function" or inside is not None
         if wants_ctx:
             for dep in graph.deps[i]:
                 if dep not in columns and dep != spec.over:
@@ -293,6 +297,7 @@ class GraphCode:
             "grace": self._grace,
             "resources": self._resources,
             "resource_scope": self._scope,
+            "inside": inside,
         }
         program: Program
         if spec.role in (Role.MAP, Role.SINK):

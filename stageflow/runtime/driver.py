@@ -159,8 +159,19 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             return
         if self.failing.blocks:
             self.failing.clear()
-        if self._settled is not None:
-            self._settled(self.loop, len(self.running))
+        self.settled()
+
+    def settled(self) -> None:
+        """Tell a clock of its own how many attempts do something: not those that an interceptor lets wait, nor those
+        that wait for a run they have started."""
+        if self._settled is None:
+            return
+        tasks, busy = self.machine.tasks, 0
+        for running in self.running.values():
+            task = tasks.get(running.action.task)
+            waits = (running.claim is not None and running.claim.waits) or (task is not None and task.spawning)
+            busy += not waits
+        self._settled(self.loop, busy)
 
     def _broken(self, error: BaseException) -> None:
         """A bug of ours: end every run with it rather than hang. The engine uses another driver from now on."""

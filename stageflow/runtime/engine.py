@@ -418,7 +418,8 @@ class Engine:
         if ctx is not None:
             snapshot, chosen = _from_context(ctx, snapshot, chosen)
         state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
-        return await self._to_end(state, job, ctx)
+        job.context = ctx
+        return await self._to_end(state, job)
 
     async def start(
         self,
@@ -430,28 +431,27 @@ class Engine:
         **options: Any,
     ) -> RunHandle:
         """Begin a run on the running loop and return at once: `await handle` has its result, `handle.cancel(reason,
-        stage=...)` stops it or one stage of it."""
+        stage=...)` stops it, one stage of it or one item."""
         chosen = RunOptions.make(_only_run_keys(options))
         if ctx is not None:
             snapshot, chosen = _from_context(ctx, snapshot, chosen)
         state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
-        task = state.loop.create_task(self._to_end(state, job, ctx))
+        job.context = ctx
+        task = state.loop.create_task(self._to_end(state, job))
         self._started.add(task)
         task.add_done_callback(self._started.discard)
         from stageflow.runtime.handles import RunHandle
 
         return RunHandle(state.driver, job, task)
 
-    async def _to_end(self, state: _LoopState, job: Job, ctx: PipelineContext | None) -> RunResult:
+    async def _to_end(self, state: _LoopState, job: Job) -> RunResult:
         """Wait for a run that was begun, and give back what it used."""
         try:
             result = await self._await(state, job)
         finally:
             await self.end(state, job)
-        if ctx is not None:
-            from stageflow.runtime.handles import fill_context
-
-            fill_context(ctx, result)
+        if job.context is not None and result.cancelled:
+            job.context.mark_cancelled(result.cancel_reason or "cancelled")
         return result
 
     async def _await(self, state: _LoopState, job: Job) -> RunResult:

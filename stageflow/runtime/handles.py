@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from stageflow.context.pipeline_context import PipelineContext
 from stageflow.core.errors import DefinitionError
-from stageflow.core.kinds import StageStatus
 from stageflow.events.event import Event
 from stageflow.pipeline.spec import Role
 from stageflow.runtime.result import RunResult
@@ -115,13 +114,3 @@ class ContextSink:
             if value is not None:
                 data[name] = value
         self._context.try_emit_event(event.type, data)
-
-
-def fill_context(context: PipelineContext, result: RunResult) -> None:
-    """Write the values of a run into the outputs bag of its context, and its cancellation into the flag."""
-    for name, output in result.outputs.items():
-        if output.status is StageStatus.OK:
-            stats = result.stats.get(name)
-            context.outputs.set_force(name, output.data, max(1, stats.attempts if stats is not None else 1))
-    if result.cancelled:
-        context.mark_cancelled(result.cancel_reason or "cancelled")

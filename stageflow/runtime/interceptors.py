@@ -11,11 +11,12 @@ from typing import Any, Final
 
 import msgspec
 
+from stageflow.context.interception import Gate, InterceptorContext, Scope
 from stageflow.core.errors import StageCancelledError, StageTimeoutError
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
-from stageflow.pipeline.interceptors import Gate, InterceptorChain, InterceptorContext, Scope, check_output
+from stageflow.pipeline.interceptors import InterceptorChain, check_output
 from stageflow.store.keys import digest
 
 _log = logging.getLogger("stageflow.interceptors")
@@ -85,13 +86,18 @@ class InterceptorStates:
 class InterceptorServices:
     """The `Services` of the interceptors of one run, on its loop. `sleep` may be replaced by one of a virtual clock."""
 
-    __slots__ = ("_sleep", "states")
+    __slots__ = ("_gate", "_sleep", "states")
 
     def __init__(
-        self, states: InterceptorStates | None = None, *, sleep: Callable[[float], Awaitable[None]] | None = None
+        self,
+        states: InterceptorStates | None = None,
+        *,
+        sleep: Callable[[float], Awaitable[None]] | None = None,
+        gate: Callable[[], Gate] | None = None,
     ) -> None:
         self.states = states if states is not None else InterceptorStates()
         self._sleep: Callable[[float], Awaitable[None]] = sleep or _asyncio_sleep
+        self._gate = gate
 
     def sleep(self, seconds: float) -> Awaitable[None]:
         """Wait so many seconds."""
@@ -99,6 +105,8 @@ class InterceptorServices:
 
     def gate(self) -> Gate:
         """A future of the running loop."""
+        if self._gate is not None:
+            return self._gate()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         return future
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.context.attempt import Header
 from stageflow.context.cancellation import CancellationToken
@@ -19,6 +19,9 @@ from stageflow.runtime.book import Book
 from stageflow.runtime.code import GraphCode
 from stageflow.runtime.result import Abandoned, FailureRecord, FailureSummary, Outputs, RunResult
 from stageflow.scheduler.states import StageState
+
+if TYPE_CHECKING:
+    from stageflow.context.pipeline_context import PipelineContext
 
 #: failed items of which the details are kept; all are counted
 KEPT_FAILURES: Final = 10_000
@@ -37,6 +40,7 @@ class Job:
         "children",
         "cleanups",
         "code",
+        "context",
         "depth",
         "dice",
         "doomed",
@@ -117,6 +121,7 @@ class Job:
         self.snapshot_wire: Any = None
         self.inputs_wire: dict[Any, Any] = {}  # inputs encoded once for several process calls
         self.spill_file: Any = None
+        self.context: PipelineContext | None = None  # whose outputs are filled as stages end
         self.token: CancellationToken | None = None
         self.trace: str | None = None  # the trace context it was started in ("" for none), while somebody traces
         self.unlink: Callable[[], None] | None = None

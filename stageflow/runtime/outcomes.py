@@ -281,13 +281,15 @@ class Outcomes(DriverCounters):
             return
         ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
         if verdict.broken is not None:
-            ended.error = capture(verdict.broken, lane=running.action.lane, attempt=running.action.attempt)
+            ended.error = msgspec.structs.replace(_raised(verdict, running), cause=info)
 
     def _judge_timeout(self: Driver, running: Running, key: Any, ended: sig.AttemptEnded) -> None:
         """The attempt was stopped for its timeout: that is the failure to judge, whatever it answered."""
         verdict = self._timeout_verdict(running, key)
         if verdict is not None:
             ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
+            if verdict.broken is not None:
+                ended.broken = _raised(verdict, running)
 
     def _timeout_verdict(self: Driver, running: Running, key: Any) -> Verdict | None:
         if running.job.graph.specs[running.action.stage].policies.retry is None:
@@ -374,10 +376,11 @@ class Outcomes(DriverCounters):
             if meta.failures:
                 if job.listening:
                     self.failing.note(job, action)
-                part.retries = tuple(self._item_verdict(running, failure) for failure in meta.failures)
+                self._judge_items(running, part, meta.failures)
             if running.timeout is not None:
                 verdict = self._timeout_verdict(running, (action.stage, action.segments[0][0]))
                 if verdict is not None:
+                    part.broken = _raised(verdict, running) if verdict.broken is not None else None
                     part.retries = ((verdict.retry, verdict.wait, verdict.roll),) * max(1, len(meta.failures))
         elif outcome.kind != OutcomeKind.OK:
             self._block_failed(running, part, outcome)
@@ -408,11 +411,20 @@ class Outcomes(DriverCounters):
             job.book.hold(handle, Values(outcome.value, None, nbytes))
         return handle, nbytes
 
-    def _item_verdict(self: Driver, running: Running, failure: Any) -> tuple[bool | None, float | None, float]:
-        if isinstance(failure, list | tuple):
-            failure = ItemFailure(*failure)
-        verdict = self.judge(running, (running.action.stage, failure.index), failure.info, None)
-        return (None, None, 1.0) if verdict is None else (verdict.retry, verdict.wait, verdict.roll)
+    def _judge_items(self: Driver, running: Running, part: sig.BlockPart, failures: Any) -> None:
+        """The verdicts on the items of a part that failed; one whose judge raised ends with that error."""
+        retries: list[tuple[bool | None, float | None, float]] = []
+        judged: list[ItemFailure] = []
+        for given in failures:
+            failure = given if isinstance(given, ItemFailure) else ItemFailure(*given)
+            verdict = self.judge(running, (running.action.stage, failure.index), failure.info, None)
+            retries.append((None, None, 1.0) if verdict is None else (verdict.retry, verdict.wait, verdict.roll))
+            if verdict is not None and verdict.broken is not None:
+                info = msgspec.structs.replace(_raised(verdict, running), cause=failure.info, item=failure.path)
+                failure = msgspec.structs.replace(failure, info=info)
+            judged.append(failure)
+        part.retries = tuple(retries)
+        part.done = msgspec.structs.replace(part.done, failures=tuple(judged))
 
     def _block_failed(self: Driver, running: Running, part: sig.BlockPart, outcome: Outcome) -> None:
         action = running.action
@@ -434,6 +446,7 @@ class Outcomes(DriverCounters):
             if running.timeout is not None:
                 verdict = self._timeout_verdict(running, (action.stage, action.segments[0][0]))
                 if verdict is not None:
+                    part.broken = _raised(verdict, running) if verdict.broken is not None else None
                     part.retries = ((verdict.retry, verdict.wait, verdict.roll),)
             if isinstance(outcome.meta, dict) and outcome.meta.get("abandoned"):
                 part.abandoned = True
@@ -446,6 +459,8 @@ class Outcomes(DriverCounters):
         verdict = self.judge(running, (action.stage, action.segments[0][0]), info, outcome.exception) if info else None
         if verdict is not None:
             part.retries = ((verdict.retry, verdict.wait, verdict.roll),)
+            if verdict.broken is not None:
+                part.error = msgspec.structs.replace(_raised(verdict, running), cause=info)
 
     def _fold_outcome(self: Driver, outcome: Outcome) -> None:
         """A step of a reduce has ended."""
@@ -475,7 +490,15 @@ class Outcomes(DriverCounters):
             if job.listening:
                 self.failing.note_step(job, action)
             self._unsuccessful(running, ended, outcome)
+        if running.timeout is not None:
+            self._judge_timeout(running, action.stage, ended)
         self.signal(ended)
+
+
+def _raised(verdict: Verdict, running: Running) -> ErrorInfo:
+    """What a user's strategy raised."""
+    assert verdict.broken is not None
+    return capture(verdict.broken, lane=running.action.lane, attempt=running.action.attempt)
 
 
 def _done(meta: Any) -> Done:

@@ -52,6 +52,9 @@ class Telling(DriverCounters):
     def _completed(self: Driver, action: act.Completed) -> None:
         """Stages have succeeded: into the books, and told to whoever listens."""
         job = self.jobs[action.run]
+        if job.context is not None:
+            for at in range(0, len(action.rows), WIDTH):
+                self._fill_context(job, action.rows[at], action.rows[at + 1])
         if not (job.listening or self.events.listening):
             self._seq += len(action.rows) // WIDTH
             job.stats.take(action.rows)
@@ -98,7 +101,15 @@ class Telling(DriverCounters):
         name = job.graph.specs[stage].name
         if type_ != "stage.completed" or "items_in" in data:
             data = self._book_end(job, name, action)
+        if type_ == "stage.completed" and job.context is not None:
+            self._fill_context(job, stage, action.attempt)
         self._event(type_, job, name, action.item, action.attempt, job.code.lanes[stage], data)
+
+    def _fill_context(self: Driver, job: Job, stage: int, attempt: int | None) -> None:
+        """Write the value of a stage that has succeeded into the outputs of the run's PipelineContext."""
+        output = job.book.output(stage)
+        if output is not None and job.context is not None:
+            job.context.outputs.set_force(job.graph.specs[stage].name, output.data, attempt or 1)
 
     def _book_end(self: Driver, job: Job, name: str, action: act.Emit) -> dict[str, Any]:
         """Note in the run's book how a stage ended; what the event says."""

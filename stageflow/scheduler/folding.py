@@ -14,7 +14,7 @@ from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Lane, Run, Task
-from stageflow.scheduler.outcomes import timeout_info
+from stageflow.scheduler.outcomes import blamed, timeout_info
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Chunk, Segment, Stream
 
@@ -92,6 +92,7 @@ class FoldRules:
                     elapsed=max(limit, signal.seconds),
                     limit=limit,
                 )
+                signal.error = blamed(signal.broken, signal.error)
                 signal.status = "timeout"
             key = (stream.stage, task.segments[0].lo if task.segments else task.node[:2])
             if task.attempt == 1:

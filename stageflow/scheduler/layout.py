@@ -12,6 +12,7 @@ from typing import Final
 
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.graph import StageGraph
+from stageflow.pipeline.interceptors import asks_for_worker
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
 
@@ -169,7 +170,8 @@ class Layout:
         # a retry in the middle of a block would come after its followers
         strict = spec.role == Role.SINK and policies.ordered and policies.retry is not None
         # what acts around an attempt sees one item at a time
-        around = policies.idempotency is not None or bool(policies.interceptors)
+        around = policies.idempotency is not None
+        around = around or any(not asks_for_worker(one) for one in policies.interceptors)
         if not (timed or strict or around) and spec.role in (Role.MAP, Role.SINK):
             if spec.kind is StageKind.TRANSFORM:
                 self.block[i] = BLOCKS

@@ -17,7 +17,7 @@ from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
-from stageflow.scheduler.outcomes import timeout_info
+from stageflow.scheduler.outcomes import blamed, timeout_info
 from stageflow.scheduler.ranges import indices_of, no_reason, path_of
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Segment, Stream
@@ -142,6 +142,7 @@ class LossRules:
                 attempt=task.attempt,
                 abandoned=signal.abandoned or None,
             )
+            error = blamed(signal.broken, error)
             status = "timeout"
         count = sum(segment.count() for segment in rest)
         retry, wait, roll = signal.retries[0] if signal.retries else (None, None, 1.0)

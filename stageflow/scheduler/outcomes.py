@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
@@ -156,6 +158,7 @@ class OutcomeRules:
             traceback=signal.error.traceback if signal.error is not None else "",
             abandoned=abandoned or None,
         )
+        signal.error = blamed(signal.broken, signal.error)
         signal.status = "timeout"
         self._attempt_event(task, signal, "timeout")
         # a thread that goes on could run beside its own retry: side effects twice at once
@@ -319,6 +322,11 @@ def timeout_info(message: str, *, elapsed: float, limit: float, **where: Any) ->
         limit=limit,
         **where,
     )
+
+
+def blamed(broken: ErrorInfo | None, error: ErrorInfo) -> ErrorInfo:
+    """The failure that ends a task: that of the strategy which raised while it judged `error`, because of that."""
+    return error if broken is None else msgspec.structs.replace(broken, cause=error)
 
 
 def _unknown(reason: str | None = None) -> ErrorInfo:

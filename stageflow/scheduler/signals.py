@@ -61,6 +61,7 @@ class AttemptEnded(Signal):
     digest: str | None = None  #: of the failing output, for guards
     abandoned: bool = False
     cached: bool = False
+    broken: ErrorInfo | None = None  #: what a strategy of the policy raised while it judged
 
 
 class BlockPart(Signal):
@@ -81,6 +82,7 @@ class BlockPart(Signal):
     bytes_in: int = 0
     worker_pid: int = 0
     started: float = 0.0
+    broken: ErrorInfo | None = None  #: what a strategy of the policy raised while it judged
 
 
 class ItemsArrived(Signal):

@@ -40,6 +40,36 @@ async def test_a_run_has_the_identity_of_its_context_and_fills_its_bag():
     assert not ctx.is_cancelled()
 
 
+@pytest.mark.parametrize("listening", [False, True])
+async def test_its_outputs_are_filled_as_stages_end(listening):
+    ctx = PipelineContext(emitter=(lambda type, data: None) if listening else None)
+    seen = {}
+
+    def watch(name):
+        def stage():
+            seen[name] = ctx.outputs.to_dict()
+            return name
+
+        return stage
+
+    graph = (
+        PipelineBuilder("p")
+        .stage("a", watch("a"), executor="async")
+        .map("m", lambda x: x + 1, over="xs", executor="thread", after=["a"])
+        .stage("b", watch("b"), ["m"], executor="thread")
+        .stage("far", os.getpid, ["b"], executor="process")
+        .stage("c", watch("c"), ["far"], executor="inline")
+        .build()
+    )
+    async with Engine(processes=1) as engine:
+        result = await engine.execute(graph, ctx=ctx, inputs={"xs": [1, 2]})
+    assert seen["a"] == {}
+    assert {name: seen["b"][name] for name in ("a",)} == {"a": "a"}
+    assert list(seen["b"]["m"]) == [2, 3]
+    assert (seen["c"]["b"], seen["c"]["far"]) == ("b", result.data("far"))
+    assert set(ctx.outputs.stages()) == {"a", "m", "b", "far", "c"}
+
+
 async def test_a_context_stops_its_run_and_a_run_that_stops_itself_says_so_there():
     async with Engine(grace=0.3) as engine:
         ctx = PipelineContext()

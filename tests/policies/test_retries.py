@@ -282,3 +282,47 @@ def test_items_are_retried_alone(engine, lane, sink):
     result = engine.run(graph, {"xs": [1, 2, 3]}, event_sinks=[sink])
     assert list(result.data("m")) == [(1, 1), (2, 3), (3, 1)]
     assert [event.item for event in sink if event.type == "stage.retrying"] == [(1,), (1,)]
+
+
+def breaks_judging(state):
+    raise ZeroDivisionError("bad strategy")
+
+
+@pytest.mark.parametrize("how", ["plain", "item", "fold"])
+def test_a_strategy_that_raises_over_a_timeout_is_named_with_the_timeout_as_its_cause(how):
+    clock = VirtualClock()
+
+    async def stage(ctx):
+        await clock.sleep(60)
+
+    async def item(x, ctx):
+        await clock.sleep(60)
+
+    async def fold(acc, x):
+        await clock.sleep(60)
+
+    policies = {"retry": RetryConfig(wait=tenacity.wait_none(), stop=breaks_judging), "timeout": 5}
+    builder = PipelineBuilder("p")
+    if how == "plain":
+        builder.stage("s", stage, **policies)
+    elif how == "item":
+        builder.map("s", item, over="xs", **policies)
+    else:
+        builder.reduce("s", fold, over="xs", initial=0, executor="async", **policies)
+    result = run_on(clock, builder, inputs={} if how == "plain" else {"xs": [1]})
+    info = result.failures.failures[0].error_info
+    assert (info.type, info.message) == ("ZeroDivisionError", "bad strategy")
+    assert (info.cause.code, info.cause.limit) == ("SF-TIMEOUT", 5)
+    assert clock.now == pytest.approx(5.0)
+
+
+def test_a_strategy_that_raises_over_an_item_is_named_with_the_items_failure(engine, lane):
+    retry = RetryConfig(wait=tenacity.wait_none(), stop=breaks_judging)
+    graph = PipelineBuilder("p").map("m", only_two, over="xs", executor=lane, retry=retry).build()
+    result = engine.run(graph, {"xs": [1, 2, 3]}, failure_mode="continue_on_failure")
+    (failure,) = result.failures
+    assert (failure.item, failure.error_info.type, failure.error_info.cause.message) == (
+        (1,),
+        "ZeroDivisionError",
+        "come back",
+    )

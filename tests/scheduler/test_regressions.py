@@ -103,3 +103,19 @@ def test_an_item_that_heeds_its_timeout_does_not_cancel_the_run():
     simulation.run()
     assert simulation.finished[run].status == "failed"
     assert simulation.failed_items[run, 1] == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_reduce_that_fails_while_its_next_step_waits_for_its_rate_stops_nobody(seed):
+    fold = StageSketch(
+        "f",
+        "fold",
+        over="s",
+        lane="async",
+        fate=Fate("error", 5, 4),
+        policies={"rate": "44/s", "on_failure": "best_effort"},
+    )
+    other = StageSketch("m", "map", over="s", policies={"concurrency": 1, "keep": True})
+    simulation, run = simulate(SOURCE, fold, other, seed=seed)
+    assert simulation.states(run)["f"] == "fail"
+    assert simulation.states(run)["m"] == "ok"
