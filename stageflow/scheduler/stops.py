@@ -116,7 +116,8 @@ class StopRules:
                 self._ask(run, task, reason, now)
             elif task.stopping is None:
                 self._out.append(act.StopAttempt(task.id, reason, item=index))
-                if not task.timer:
+                # a thread left behind may have done the neighbours' work already: they must not run again
+                if not task.timer and not stream.brief:
                     self._arm_force(run, task, reason, now)
             return True
         return False
