@@ -14,21 +14,23 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import gate, instructions, report, svg, where
-from benchmarks.harness import Outcome, Report, Row, Scenario, measure
+from benchmarks import bytecodes, gate, instructions, report, svg, where
+from benchmarks.harness import MissingPeerError, Outcome, Report, Row, Scenario, measure
 from benchmarks.noise import LIMIT, stolen
 from benchmarks.peers import HERE, ROOT, machine
+from benchmarks.peers import apart as peers_apart
 from benchmarks.registry import SCENARIOS
 from benchmarks.scale import Scale, as_dict
 from benchmarks.scale import measure as measure_scale
 
 README: Final = HERE / "README.md"
 PLOT: Final = HERE / "metg.svg"
-#: what `run` may take in all; what does not fit is named and left out
-RUN_SECONDS: Final = 18 * 60.0
-QUICK_SECONDS: Final = 165.0
+#: what the measures may take in all; where it does not suffice for all, each gets its share
+RUN_SECONDS: Final = 17 * 60.0
+QUICK_SECONDS: Final = 150.0
+LEAST_SECONDS: Final = 3.0
+OPENING_SECONDS: Final = 30.0
 QUICK_SCALE: Final = 0.2
-#: a METG of one pattern instead of six, and so on, takes its own scale
 QUICK_ROUNDS: Final = 5
 
 
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--no-scale", action="store_true", help="leave the simulation out")
     check.add_argument("--update", action="store_true", help="measure and write the baseline")
     check.add_argument("--no-instructions", action="store_true", help="leave valgrind out")
+    check.add_argument("--counts-only", action="store_true", help="what noise cannot reach; leaves the ratios out")
     commands.add_parser("where", help="where the microseconds of a stage go")
     commands.add_parser("list", help="names of the scenarios")
     one = commands.add_parser("one", help="one scenario in this process, as JSON (used by the others)")
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--scale", type=float, default=1.0)
     one.add_argument("--rounds", type=int, default=None)
     one.add_argument("--noise", type=float, default=LIMIT)
+    one.add_argument("--seconds", type=float, default=None, help="what the rounds may take")
     one.add_argument("--output", type=Path, default=None)
     given = parser.parse_args(arguments)
     if given.command == "list":
@@ -76,7 +80,8 @@ def _one(given: argparse.Namespace) -> int:
     if given.name not in SCENARIOS:
         print(f"there is no scenario {given.name!r}: see `python -m benchmarks list`", file=sys.stderr)
         return 2
-    made = measure(SCENARIOS[given.name], scale=given.scale, rounds=given.rounds, noise_limit=given.noise)
+    scenario = SCENARIOS[given.name]
+    made = measure(scenario, scale=given.scale, rounds=given.rounds, noise_limit=given.noise, seconds=given.seconds)
     data = msgspec.json.encode(made)
     if given.output is None:
         print(data.decode())
@@ -96,13 +101,18 @@ def _chosen(only: Sequence[str]) -> list[Scenario]:
     return found
 
 
-def apart(scenario: Scenario, *, scale: float, rounds: int | None, noise: float, limit: float) -> Report:
-    """Measure a scenario in a process of its own, so that neither a crash nor its leftovers reach the next one."""
+def apart(scenario: Scenario, *, scale: float, rounds: int | None, noise: float, seconds: float) -> Report:
+    """Measure a scenario in a process of its own, so that neither a crash nor its leftovers reach the next one.
+
+    What is not over after twice its `seconds`, and some for opening and closing, is ended and counts as skipped.
+    """
     began = time.monotonic()
+    limit = 2 * seconds + OPENING_SECONDS
     with tempfile.TemporaryDirectory(prefix="stageflow-bench-") as folder:
         output = Path(folder, "report.json")
         command = [sys.executable, "-m", "benchmarks", "one", scenario.name, "--scale", str(scale)]
         command += ["--noise", str(noise), "--output", str(output)]
+        command += ["--seconds", str(seconds)]
         if rounds is not None:
             command += ["--rounds", str(rounds)]
         why = ""
@@ -117,6 +127,11 @@ def apart(scenario: Scenario, *, scale: float, rounds: int | None, noise: float,
             return msgspec.json.decode(output.read_bytes(), type=Report)
     rows = [_unmeasured(row, why or "gave no report") for row in scenario.rows]
     return Report(scenario=scenario.name, room=scenario.room, rows=rows, seconds=time.monotonic() - began)
+
+
+def share_of(left: float, wanted: Sequence[float]) -> float:
+    """The seconds that the first of several measures may take, where they all want so much and so much is left."""
+    return max(LEAST_SECONDS, min(wanted[0], wanted[0] * left / sum(wanted)))
 
 
 def _unmeasured(row: Row, why: str) -> Outcome:
@@ -138,25 +153,23 @@ def _run(given: argparse.Namespace, *, quick: bool) -> int:
     budget = QUICK_SECONDS if quick else RUN_SECONDS
     here = machine()
     print(f"this machine right now: wall time is {stolen():.2f} times CPU time (1.0 is quiet)", flush=True)
+    chosen = [one for one in _chosen(given.only) if one.quick or given.only or not quick]
+    if any(one.name == "stageflow-core" for one in chosen):
+        _prepare("stageflow-core")
+    if not (quick or given.only or given.no_scale):
+        _prepare("wfcommons")
+    scale, rounds = (QUICK_SCALE, QUICK_ROUNDS) if quick else (1.0, None)
     reports: list[Report] = []
-    for scenario in _chosen(given.only):
-        if quick and not scenario.quick and not given.only:
-            continue
+    for place, scenario in enumerate(chosen):
         left = budget - (time.monotonic() - began)
-        if left < 5:
-            why = "no time was left"
-            rows = [_unmeasured(row, why) for row in scenario.rows]
-            reports.append(Report(scenario=scenario.name, room=scenario.room, rows=rows))
-            continue
-        scale, rounds = (QUICK_SCALE, QUICK_ROUNDS) if quick else (1.0, None)
-        limit = min(left, 4 * scenario.seconds + 60)
-        made = apart(scenario, scale=scale, rounds=rounds, noise=given.noise, limit=limit)
+        seconds = share_of(left, [one.seconds for one in chosen[place:]])
+        made = apart(scenario, scale=scale, rounds=rounds, noise=given.noise, seconds=seconds)
         reports.append(made)
         verdicts = ", ".join(f"{row.id} {row.verdict}" for row in made.rows if row.bar is not None)
         print(f"{scenario.name:20} {made.seconds:6.1f} s  {verdicts}", flush=True)
     scale_found: Scale | None = None
     if not quick and not given.only and not given.no_scale:
-        scale_found = measure_scale(1.0 if time.monotonic() - began < budget - 120 else 0.1)
+        scale_found = measure_scale(1.0 if time.monotonic() - began < budget else 0.1)
         print(f"{'scale':20} {scale_found.seconds:6.1f} s", flush=True)
     seconds = time.monotonic() - began
     print()
@@ -168,6 +181,14 @@ def _run(given: argparse.Namespace, *, quick: bool) -> int:
     if not quick and given.write_readme:
         _write_readme(here, reports, curves, scale_found, seconds)
     return 1 if any(row.verdict == "broken" for made in reports for row in made.rows) else 0
+
+
+def _prepare(package: str) -> None:
+    """Make a peer's environment before anything is measured; where that does not work its rows say so."""
+    try:
+        peers_apart(package)
+    except MissingPeerError as missing:
+        print(missing, flush=True)
 
 
 def _write_json(
@@ -221,46 +242,59 @@ def _check(given: argparse.Namespace) -> int:
         found: list[Outcome] = []
         for name in sorted(names):
             print(f"measuring {name}", flush=True)
-            made = apart(SCENARIOS[name], scale=gate.SCALE, rounds=9, noise=given.noise, limit=240)
+            made = apart(SCENARIOS[name], scale=gate.SCALE, rounds=9, noise=given.noise, seconds=60.0)
             found += [row for row in made.rows if row.gate]
         return found
 
-    counts: dict[str, float] = {}
-    if not given.no_instructions and not given.only:
-        try:
-            print("counting instructions of the scheduler", flush=True)
-            counts = instructions.per_completion()
-        except instructions.NoCounterError as missing:
-            print(f"instruction counts skipped: {missing}")
     version = here["python"].rsplit(".", 1)[0]
+    counted = {} if given.only else _counts(with_instructions=not given.no_instructions)
     if given.update:
-        return _update(baseline, here, rows(None), counts, version)
+        return _update(baseline, here, [] if given.counts_only else rows(None), counted, version)
     foreign = gate.elsewhere(baseline, here)
     if foreign:
         print(f"the baseline is from another machine ({foreign}): ratios may move by {gate.TOLERANCE_ELSEWHERE:.0%}")
     tolerance = gate.TOLERANCE_ELSEWHERE if foreign else gate.TOLERANCE
-    verdicts = gate.check(baseline, rows, tolerance=tolerance)
-    if version in baseline.instructions:
-        verdicts += gate.compare_instructions(baseline.instructions[version], counts)
-    elif counts:
-        print(f"the baseline has no instruction counts for Python {version}")
+    verdicts = [] if given.counts_only else gate.check(baseline, rows, tolerance=tolerance)
+    for what, counts in counted.items():
+        kept = getattr(baseline, what).get(version)
+        if kept is None:
+            print(f"the baseline has no {what} for Python {version}")
+        else:
+            verdicts += gate.compare_counts(what, kept, counts)
     for verdict in verdicts:
         print(f"{verdict.verdict:18} {verdict.key}: {verdict.before:.4g} -> {verdict.now:.4g} {verdict.note}")
     return 1 if any(verdict.verdict == "worse" for verdict in verdicts) else 0
 
 
+def _counts(*, with_instructions: bool) -> dict[str, dict[str, float]]:
+    """What no noise reaches: byte codes, and instructions where valgrind is."""
+    print("counting byte codes of the engine", flush=True)
+    found = {"bytecodes": bytecodes.per_completion()}
+    if with_instructions:
+        try:
+            print("counting instructions of the scheduler", flush=True)
+            found["instructions"] = instructions.per_completion()
+        except instructions.NoCounterError as missing:
+            print(f"instruction counts skipped: {missing}")
+    return found
+
+
 def _update(
-    baseline: gate.Baseline, here: dict[str, Any], rows: list[Outcome], counts: dict[str, float], version: str
+    baseline: gate.Baseline,
+    here: dict[str, Any],
+    rows: list[Outcome],
+    counted: dict[str, dict[str, float]],
+    version: str,
 ) -> int:
     for row in rows:
         if row.ratio is not None:
             baseline.ratios[row.key] = gate.Kept(row.ratio, row.at_most)
         else:
             print(f"not measured, the old number stays: {row.key}: {row.note}")
-    if counts:
-        baseline.instructions[version] = counts
-    kept = {name: here[name] for name in ("cpu", "cores", "python", "system", "date")}
-    baseline.machine = kept
+    for what, counts in counted.items():
+        getattr(baseline, what)[version] = counts
+    if rows:
+        baseline.machine = {name: here[name] for name in ("cpu", "cores", "python", "system", "date")}
     gate.save(baseline)
     print(f"written: {gate.BASELINE.relative_to(ROOT)} ({len(baseline.ratios)} ratios)")
     return 0

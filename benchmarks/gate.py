@@ -1,9 +1,9 @@
 """Holds the present code against a committed baseline, so that a real regression fails and noise does not.
 
-Three kinds of numbers: ratios against the standard library with their intervals, instruction counts of the scheduler
-alone, and counts per item of time-free things. A ratio has regressed when its interval lies wholly on the worse side of
-the baseline's and its median is worse by more than `TOLERANCE`; a row that looks so is measured again before it is
-called that. Instruction counts have no noise worth the name: more than `INSTRUCTIONS` is a regression.
+Three kinds of numbers: ratios against the standard library with their intervals, byte codes of the engine's whole
+path, and machine instructions of the scheduler alone. A ratio has regressed when its interval lies wholly on the worse
+side of the baseline's and its median is worse by more than `TOLERANCE`; a row that looks so is measured again before it
+is called that. Counts have no noise worth the name: more than `COUNTS` is a regression.
 
 May not import: any peer.
 """
@@ -24,7 +24,7 @@ BASELINE: Final = HERE / "baseline.json"
 TOLERANCE: Final = 0.10
 #: on another machine or Python, ratios move on their own
 TOLERANCE_ELSEWHERE: Final = 0.50
-INSTRUCTIONS: Final = 0.03
+COUNTS: Final = 0.03
 #: sizes of the gate's scenarios
 SCALE: Final = 0.5
 
@@ -37,11 +37,12 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class Baseline(msgspec.Struct, kw_only=True):
-    """What is committed. `instructions` is by Python version ("3.11"), then by shape."""
+    """What is committed. `instructions` and `bytecodes` are by Python version ("3.11"), then by shape."""
 
     machine: dict[str, Any] = {}
     ratios: dict[str, Kept] = {}
     instructions: dict[str, dict[str, float]] = {}
+    bytecodes: dict[str, dict[str, float]] = {}
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -81,16 +82,16 @@ def compare_ratio(key: str, kept: Kept, now: Interval, *, tolerance: float = TOL
     return Verdict(key, "same", before.median, now.median)
 
 
-def compare_instructions(kept: Mapping[str, float], now: Mapping[str, float]) -> list[Verdict]:
-    """Every shape that both have."""
+def compare_counts(what: str, kept: Mapping[str, float], now: Mapping[str, float]) -> list[Verdict]:
+    """Every shape that was counted now; `what` is counted."""
     found = []
     for shape, count in now.items():
-        key = f"instructions per completion, {shape}"
+        key = f"{what} per completion, {shape}"
         if shape not in kept:
             found.append(Verdict(key, "new", 0.0, count))
             continue
         factor = count / kept[shape]
-        word = "worse" if factor > 1.0 + INSTRUCTIONS else "better" if factor < 1.0 - INSTRUCTIONS else "same"
+        word = "worse" if factor > 1.0 + COUNTS else "better" if factor < 1.0 - COUNTS else "same"
         found.append(Verdict(key, word, kept[shape], count, f"{factor - 1.0:+.1%}"))
     return found
 

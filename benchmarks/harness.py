@@ -27,6 +27,8 @@ from benchmarks.stats import Interval, interval
 MIN_ROUNDS: Final = 5
 #: rounds thrown away because of noise before a measure gives up
 MAX_DISTURBED: Final = 12
+#: times its seconds after which a measure ends, also with fewer rounds than asked for
+OVERTIME: Final = 1.5
 
 #: returns what it cost, or several named costs (they become sides called "<side> <name>")
 Side = Callable[[], "float | dict[str, float]"]
@@ -204,27 +206,30 @@ def measure(
     scale: float = 1.0,
     noise_limit: float = LIMIT,
     rounds: int | None = None,
+    seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Report:
     """Open a scenario, run its rounds, judge its rows.
 
-    More rounds than asked for are run, within the scenario's seconds, while a row with a bar cannot be told.
+    More rounds than asked for are run, within `seconds` (None: the scenario's own), while a row with a bar cannot be
+    told; after half as much again it is over, whatever was asked for.
     """
     began = clock()
+    budget = scenario.seconds if seconds is None else min(seconds, scenario.seconds)
     wanted = max(1, rounds if rounds is not None else scenario.rounds)
     most = max(wanted, scenario.max_rounds if rounds is None else rounds)
     with scenario.open(scale) as sides:
         run = Rounds(sides, noise_limit=noise_limit)
-        if sides.calls:
+        if most > 1:
             run.warm()
-        limit = began + scenario.seconds
+        limit = began + budget
         while sides.calls:
             kept = len(run.kept)
             if kept >= most or run.disturbed >= MAX_DISTURBED:
                 break
             if kept >= wanted and (clock() > limit or not _undecided(scenario.rows, run.kept, sides)):
                 break
-            if clock() > began + 3 * scenario.seconds:
+            if clock() > began + OVERTIME * budget:
                 break
             run.one()
         for last in sides.at_end:
@@ -279,7 +284,7 @@ def _outcome(row: Row, kept: Sequence[Mapping[str, float]], sides: Sides, wanted
         return made
     if len(ratios) < wanted:
         made.verdict = "too noisy to tell"
-        made.note = f"only {len(ratios)} of {wanted} rounds were undisturbed"
+        made.note = f"only {len(ratios)} of {wanted} rounds were undisturbed or in time"
         if not ratios:
             return made
     made.ratio = interval(ratios)

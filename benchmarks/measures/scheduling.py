@@ -155,54 +155,26 @@ SCENARIOS = (
             for what, side, bar in (("no sink", "ours", 3.5), ("one counting sink", "sink", 4.5))
         ),
     ),
-    Scenario(
-        name="growth-100k",
-        room="scheduler",
-        open=_large(("fan-out 100,000", "fan-out 1,000")),
-        seconds=60.0,
-        quick=False,
-        rows=(
-            Row(
-                id="S2",
-                what="100,000 stages, fan-out, per stage",
-                against="ours at 1,000, each over its floor",
-                formula=_growth("fan-out 100,000", "fan-out 1,000"),
-                bar=1.3,
+    *(
+        Scenario(
+            name=f"growth-{short}-{kind}",
+            room="scheduler",
+            open=_large((f"{kind} {size}", f"{kind} 1,000")),
+            max_rounds=5,
+            seconds=seconds,
+            quick=False,
+            rows=(
+                Row(
+                    id="S2",
+                    what=f"{size} stages, {kind}, per stage",
+                    against="ours at 1,000, each over its floor",
+                    formula=_growth(f"{kind} {size}", f"{kind} 1,000"),
+                    bar=1.3,
+                ),
             ),
-        ),
-    ),
-    Scenario(
-        name="growth-100k-chain",
-        room="scheduler",
-        open=_large(("chain 100,000", "chain 1,000")),
-        seconds=60.0,
-        quick=False,
-        rows=(
-            Row(
-                id="S2",
-                what="100,000 stages, chain, per stage",
-                against="ours at 1,000, each over its floor",
-                formula=_growth("chain 100,000", "chain 1,000"),
-                bar=1.3,
-            ),
-        ),
-    ),
-    Scenario(
-        name="growth-1M",
-        room="scheduler",
-        open=_large(("fan-out 1,000,000", "fan-out 1,000")),
-        max_rounds=5,
-        seconds=150.0,
-        quick=False,
-        rows=(
-            Row(
-                id="S2",
-                what="1,000,000 stages, fan-out, per stage",
-                against="ours at 1,000, each over its floor",
-                formula=_growth("fan-out 1,000,000", "fan-out 1,000"),
-                bar=1.3,
-            ),
-        ),
+        )
+        for short, size, seconds in (("100k", "100,000", 30.0), ("1M", "1,000,000", 120.0))
+        for kind in ("chain", "fan-out")
     ),
     Scenario(
         name="stageflow-core",

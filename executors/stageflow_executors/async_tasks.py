@@ -16,12 +16,14 @@ from types import CoroutineType, GeneratorType
 from typing import Any, Final
 
 from stageflow.core.errors import LaneClosedError
-from stageflow.core.executor import Call, Deliver, Outcome, Reply
+from stageflow.core.executor import Call, Deliver, Outcome, OutcomeKind, Reply
 from stageflow.core.worker import stops_item
+from stageflow_executors import local
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
 #: a task factory breaks uvloop; constructing the task does not
 _monotonic = time.monotonic
+_OK: Final = OutcomeKind.OK
 _EAGER: Final = sys.version_info >= (3, 12)
 
 
@@ -66,9 +68,16 @@ class AsyncExecutor(LocalLane):
             kind = type(result)
             if kind is CoroutineType or (kind is not Reply and inspect.isawaitable(result)):
                 result = await result
-            if type(result) is GeneratorType:
+                kind = type(result)
+            if kind is GeneratorType:
                 result = self._parts(port, result)
-            outcome = port.ok(result, _monotonic() - started)
+                kind = type(result)
+            seconds = _monotonic() - started
+            if kind is Reply:
+                outcome = port.ok(result, seconds)
+            else:  # the same, spelled out
+                pid = local.process_id
+                outcome = Outcome(call.id, _OK, result, None, True, None, None, False, pid, started, seconds)
         except BaseException as error:
             outcome = port.failed(error, _monotonic() - started)
         self._ports.pop(call.id, None)

@@ -21,12 +21,12 @@ from stageflow.core.failure import capture
 from stageflow.core.worker import both_stops, stops_item
 
 _OK = OutcomeKind.OK
-_pid = os.getpid()
+process_id = os.getpid()
 
 
 def _forked() -> None:
-    global _pid
-    _pid = os.getpid()
+    global process_id
+    process_id = os.getpid()
 
 
 if hasattr(os, "register_at_fork"):
@@ -68,7 +68,7 @@ class LocalPort(msgspec.Struct, eq=False):
     @property
     def worker_pid(self) -> int:
         """This process."""
-        return _pid
+        return process_id
 
     def cancelled(self) -> bool:
         """True once the call was asked to stop."""
@@ -125,7 +125,7 @@ class LocalPort(msgspec.Struct, eq=False):
             reply.value,
             reply.meta,
             final=False,
-            worker_pid=_pid,
+            worker_pid=process_id,
             started=self.started,
             seconds=seconds,
         )
@@ -138,7 +138,7 @@ class LocalPort(msgspec.Struct, eq=False):
             value = value.value
         # by position: once per call
         return Outcome(
-            self.call.id, _OK, value, meta, True, None, None, False, _pid, self.started, seconds, cpu_seconds
+            self.call.id, _OK, value, meta, True, None, None, False, process_id, self.started, seconds, cpu_seconds
         )
 
     def failed(self, error: BaseException, seconds: float, cpu_seconds: float = 0.0) -> Outcome:
@@ -148,9 +148,9 @@ class LocalPort(msgspec.Struct, eq=False):
         return Outcome(
             self.call.id,
             OutcomeKind.CANCELLED if cancelled else OutcomeKind.ERROR,
-            error=capture(error, lane=self.lane, worker_pid=_pid, skip_frames=1),
+            error=capture(error, lane=self.lane, worker_pid=process_id, skip_frames=1),
             exception=error,
-            worker_pid=_pid,
+            worker_pid=process_id,
             started=self.started,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
@@ -163,7 +163,7 @@ class LocalPort(msgspec.Struct, eq=False):
             self.call.id,
             OutcomeKind.CANCELLED,
             meta=meta,
-            worker_pid=_pid,
+            worker_pid=process_id,
             started=started,
             seconds=time.monotonic() - started if started else 0.0,
         )

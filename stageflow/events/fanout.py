@@ -182,7 +182,7 @@ class FanOut:
             self._pass_on(event, self._entries)
 
     def emit_all(self, events: Sequence[Event]) -> None:
-        """`emit` of each, in order."""
+        """`emit` of each, in order; none of them is a block of items."""
         only = self._only
         if only is None or self._shared or self._merger.holds:
             for event in events:
@@ -190,7 +190,7 @@ class FanOut:
             return
         call = only.sink.emit
         for event in events:
-            if event.type == _ITEMS or self._only is not only:
+            if self._only is not only:  # the one before has changed who listens
                 self.emit(event)
                 continue
             try:

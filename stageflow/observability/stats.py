@@ -45,7 +45,6 @@ class StatsFold:
 
     __slots__ = (
         "_handlers",
-        "_late",
         "_pressure_since",
         "_rows",
         "_stages",
@@ -57,6 +56,7 @@ class StatsFold:
         "kinds",
         "lanes",
         "last_ns",
+        "late",
         "pipeline",
         "run_id",
         "stages",
@@ -75,7 +75,9 @@ class StatsFold:
         self._zero = (0.0, 0)
         self.stages: Sequence[str] = stages
         self._tallies: dict[str, StageTally] = {}
-        self._late: list[Event] = []
+        #: ordinary events of plain stages that wait to be folded. The engine puts each `stage.started` here by itself,
+        #: and counts it in `events`; `take`, which follows, looks at how many there are
+        self.late: list[Event] = []
         self.lanes: Mapping[str, str] = {}
         self.kinds: Mapping[str, str] = {}
         self.events = 0
@@ -117,7 +119,7 @@ class StatsFold:
     def add(self, event: Event) -> None:
         """Take one event. Types it does not know only count as events."""
         self.events += 1
-        late = self._late
+        late = self.late
         if event.type in _LATE:
             late.append(event)
             if len(late) >= _MAX_LATE:
@@ -129,16 +131,9 @@ class StatsFold:
                 self._settle()
             handler(event)
 
-    def begun(self, event: Event) -> None:
-        """`add` of a `stage.started`."""
-        self.events += 1
-        self._late.append(event)
-        if len(self._late) >= _MAX_LATE:
-            self._settle()
-
     def _settle(self) -> None:
         """Fold what was kept for later, in the order it came."""
-        late, self._late = self._late, []
+        late, self.late = self.late, []
         handlers = self._handlers
         for event in late:
             handlers[event.type](event)
@@ -161,6 +156,8 @@ class StatsFold:
         if len(own) >= _MAX_CELLS:
             self._rows = []
             self._table.extend(own)
+        if len(self.late) >= _MAX_LATE:
+            self._settle()
 
     def _row(
         self,
@@ -204,7 +201,7 @@ class StatsFold:
     @property
     def tallies(self) -> Mapping[str, StageTally]:
         """The live counters of every stage that had an event."""
-        if self._late or self._rows or self._table:
+        if self.late or self._rows or self._table:
             self._settle()
         return self._tallies
 

@@ -186,9 +186,11 @@ class Starting(DriverCounters):
         """`_event`, for an event of every attempt."""
         self._seq = seq = self._seq + 1
         event = Event("stage.started", self.clock.time_ns(), seq, job.run_id, name, None, attempt, lane, {})
-        job.stats.begun(event)
-        if job.sinks is not None:
-            job.sinks.emit(event)
+        stats, sinks = job.stats, job.sinks
+        stats.events += 1
+        stats.late.append(event)
+        if sinks is not None:
+            sinks.emit(event)
         if self.events.listening:
             self.events.emit(event)
 

@@ -51,16 +51,15 @@ class Telling(DriverCounters):
 
     def _completed(self: Driver, action: act.Completed) -> None:
         """Stages have succeeded: into the books, and told to whoever listens."""
-        job = self.jobs[action.run]
+        job, rows = self.jobs[action.run], action.rows
         if job.context is not None:
-            for at in range(0, len(action.rows), WIDTH):
-                self._fill_context(job, action.rows[at], action.rows[at + 1])
-        if not (job.listening or self.events.listening):
-            self._seq += len(action.rows) // WIDTH
-            job.stats.take(action.rows)
+            for at in range(0, len(rows), WIDTH):
+                self._fill_context(job, rows[at], rows[at + 1])
+        told, sinks, shared = job.listening, job.sinks, self.events
+        if not (told or shared.listening):
+            self._seq += len(rows) // WIDTH
+            job.stats.take(rows)
             return
-        told = job.listening
-        rows = action.rows
         job.stats.take(rows, 1 + told)
         specs, lanes, run_id = job.graph.specs, job.code.lanes, job.run_id
         at, seq = self.clock.time_ns(), self._seq  # all of them have ended in this turn
@@ -86,10 +85,10 @@ class Telling(DriverCounters):
                 events.append(Event("stage.attempt", at, seq - 1, run_id, name, None, attempt, lane, data))
             events.append(Event("stage.completed", at, seq, run_id, name, None, attempt, lane, data))
         self._seq = seq
-        if job.sinks is not None:
-            job.sinks.emit_all(events)
-        if self.events.listening:
-            self.events.emit_all(events)
+        if sinks is not None:
+            sinks.emit_all(events)
+        if shared.listening:
+            shared.emit_all(events)
 
     def _emit(self: Driver, action: act.Emit) -> None:
         job = self.jobs[action.run]

@@ -38,6 +38,7 @@ from stageflow.scheduler.stops import StopRules
 from stageflow.scheduler.streams import Stream
 
 _S = StageState
+_COMPLETED: Final = act.Completed
 AHEAD: Final = 2  # tasks per worker when they are short
 CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
@@ -118,33 +119,37 @@ class Machine(
 
     def handle_all(self, signals: list[Any], now: float) -> list[Any]:
         """Take several signals of one loop turn; dispatch once."""
-        out: list[Any] = []
-        self._out = out
-        count = len(signals)
+        self._out = out = []
         at = self._take_plain(signals, 0, now) if self.unrolled else 0
-        plain = at == count
-        while at < count:
+        if at < len(signals):
+            self._take_mixed(signals, at, now)
+        rows = self._rows
+        if rows:
+            self._rows = []
+            out.append(_COMPLETED(self._rows_of, rows))
+        stirred, self._stirred = self._stirred, None
+        if stirred is None or self._mixed or self._touched:
+            self._mixed = False
+            self._dispatch(now)
+            return out
+        # nothing has changed for any other lane, and no run can be over
+        if not stirred.heap:
+            self._start_plain(stirred)
+        if stirred.fifo or stirred.heap:
+            self._dispatch_lane(stirred, now)
+            if self._woke:
+                self._dispatch(now)
+        return out
+
+    def _take_mixed(self, signals: list[Any], at: int, now: float) -> None:
+        """The rest of a turn's signals, of which the first is not for the short way."""
+        self._mixed = True
+        while at < len(signals):
             if self._rows:
                 self._tell_rows()
             signal = signals[at]
             self._handlers[type(signal)](signal, now)
             at = self._take_plain(signals, at + 1, now) if self.unrolled else at + 1
-        if self._rows:
-            rows, self._rows = self._rows, []
-            out.append(act.Completed(self._rows_of, rows))
-        stirred, self._stirred = self._stirred, None
-        if plain and stirred is not None and not (self._touched or self._mixed):
-            # nothing has changed for any other lane, and no run can be over
-            if not stirred.heap:
-                self._start_plain(stirred)
-            if stirred.fifo or stirred.heap:
-                self._dispatch_lane(stirred, now)
-                if self._woke:
-                    self._dispatch(now)
-            return out
-        self._mixed = False
-        self._dispatch(now)
-        return out
 
     def _tell_rows(self) -> None:
         """Pass on what ended well, before anything that came of a later signal."""

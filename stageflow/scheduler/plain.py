@@ -111,38 +111,38 @@ class PlainRules:
                 signal.started,
             )
             run.open -= 1
-            waiting = run.waiting
-            for dependent in layout.dependents[stage]:
-                left = waiting[dependent] = waiting[dependent] - 1
-                if left == 0:
-                    self._came_free(run, dependent, lane, now)
-                elif left < 0:
-                    raise InvariantError(f"stage {layout.name(dependent)!r} was told more ends than it waits for")
+            dependents = layout.dependents[stage]
+            if dependents:
+                waiting, special, state = run.waiting, layout.special, run.state
+                for dependent in dependents:
+                    left = waiting[dependent] = waiting[dependent] - 1
+                    if left > 0:
+                        continue
+                    if left or special[dependent] or state[dependent]:
+                        self._came_special(run, dependent, left, now)
+                        continue
+                    state[dependent] = 2  # WAITING -> READY
+                    self._seq = seq = self._seq + 1
+                    run.queued += 1
+                    first = -layout.priority(dependent) if layout.priorities else 0
+                    to = lane
+                    if layout.lanes[dependent] != name:
+                        to, self._mixed = self.lanes[layout.lanes[dependent]], True
+                    entry = (first, -layout.depth[dependent], run.seq, seq, run, dependent, None, now)
+                    if to.fifo:
+                        to.push(entry)
+                    else:
+                        to.fifo.append(entry)
             if self._ended:
                 self._settle_ended(now)
             if not (run.running or run.queued):
                 self._touched[run.id] = run  # it may be over
         return len(signals)
 
-    def _came_free(self: Machine, run: Run, stage: int, lane: Lane, now: float) -> None:
-        """All that a stage depends on is done. `lane` is that of the last of it."""
-        layout = run.layout
-        if layout.special[stage] or run.state[stage]:
-            self._tell_rows()
-            self._came_ready(run, stage, now)
-            self._touched[run.id] = run
-            return
-        run.state[stage] = 2  # WAITING -> READY
-        self._seq = seq = self._seq + 1
-        run.queued += 1
-        priorities = layout.priorities
-        first = -priorities.get(stage, 0) if priorities else 0
-        entry = (first, -layout.depth[stage], run.seq, seq, run, stage, None, now)
-        to = layout.lanes[stage]
-        if to != lane.name:
-            lane = self.lanes[to]
-            self._mixed = True
-        if lane.fifo:
-            lane.push(entry)
-        else:
-            lane.fifo.append(entry)
+    def _came_special(self: Machine, run: Run, stage: int, left: int, now: float) -> None:
+        """All that a stage depends on is done, and there are rules about what that means for it."""
+        if left < 0:
+            raise InvariantError(f"stage {run.layout.name(stage)!r} was told more ends than it waits for")
+        self._tell_rows()
+        self._came_ready(run, stage, now)
+        self._touched[run.id] = run

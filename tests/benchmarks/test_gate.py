@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks import gate, instructions
+from benchmarks import bytecodes, gate, instructions
 from benchmarks.harness import Outcome
 from benchmarks.stats import Interval, interval
 from benchmarks.work import burn
@@ -111,9 +111,37 @@ def test_the_committed_baseline_can_be_read_and_names_its_machine():
     assert "Python" in gate.elsewhere(kept, {**kept.machine, "python": "3.99.1"})
 
 
-def test_instruction_counts_are_held_to_three_percent():
-    found = gate.compare_instructions({"chain": 1000.0, "blocks": 100.0}, {"chain": 1031.0, "blocks": 102.0, "x": 1.0})
+def test_counts_are_held_to_three_percent():
+    found = gate.compare_counts(
+        "instructions", {"chain": 1000.0, "blocks": 100.0}, {"chain": 1031.0, "blocks": 102.0, "x": 1.0}
+    )
     assert [v.verdict for v in found] == ["worse", "same", "new"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_thirty_percent_more_byte_codes_are_caught_and_ten_unchanged_runs_pass():
+    kept = bytecodes.per_completion()
+    shapes = ["engine chain", "blocks"]
+    turns = 50
+    some = bytecodes.per_completion(shapes, slow=turns)
+    for shape in shapes:
+        per_turn = (some[shape] - kept[shape]) / turns
+        slow = bytecodes.per_completion([shape], slow=round(0.3 * kept[shape] / per_turn))
+        assert slow[shape] == pytest.approx(1.3 * kept[shape], rel=0.05)
+        assert [v.verdict for v in gate.compare_counts("bytecodes", kept, slow)] == ["worse"]
+    for _ in range(10):
+        again = bytecodes.per_completion()
+        assert {v.verdict for v in gate.compare_counts("bytecodes", kept, again)} == {"same"}, again
+
+
+@pytest.mark.timeout(60)
+def test_a_slower_path_has_more_byte_codes_and_the_same_path_as_many():
+    shapes = ["engine fan-out, sink"]
+    kept = bytecodes.per_completion(shapes)
+    assert [v.verdict for v in gate.compare_counts("bytecodes", kept, bytecodes.per_completion(shapes))] == ["same"]
+    slow = bytecodes.per_completion(["engine chain"], slow=200)["engine chain"]
+    assert slow > 1.3 * bytecodes.per_completion(["engine chain"])["engine chain"]
 
 
 @pytest.mark.soak
@@ -129,10 +157,10 @@ def test_thirty_percent_more_instructions_in_the_scheduler_are_caught_and_ten_un
     per_turn = (with_turns - kept["chain"]) / turns
     slow = instructions.per_completion(["chain"], slow=round(0.3 * kept["chain"] / per_turn))
     assert slow["chain"] == pytest.approx(1.3 * kept["chain"], rel=0.05)
-    assert [v.verdict for v in gate.compare_instructions(kept, slow)] == ["worse"]
+    assert [v.verdict for v in gate.compare_counts("instructions", kept, slow)] == ["worse"]
     for _ in range(10):
         again = instructions.per_completion(["chain"])
-        assert [v.verdict for v in gate.compare_instructions(kept, again)] == ["same"], again
+        assert [v.verdict for v in gate.compare_counts("instructions", kept, again)] == ["same"], again
 
 
 @pytest.mark.soak

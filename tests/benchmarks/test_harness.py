@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from benchmarks.__main__ import share_of
 from benchmarks.harness import Rounds, Row, Scenario, Sides, judge, measure
 from benchmarks.report import plain_table, put, table
 from benchmarks.stats import Interval, interval
@@ -82,6 +83,28 @@ def test_more_rounds_are_run_while_the_bar_lies_inside():
     made = measure(scenario(sides, row(bar=1.0), max_rounds=9), noise_limit=99)
     assert made.rounds == 9
     assert made.rows[0].verdict == "too noisy to tell"
+
+
+def test_a_measure_ends_when_its_seconds_and_half_as_many_are_over():
+    now = [0.0]
+    sides = Sides()
+
+    def slow():
+        now[0] += 10.0
+        return 1.0
+
+    sides.add("ours", slow)
+    sides.add("peer", lambda: 1.0)
+    made = measure(scenario(sides, row(bar=3.0)), noise_limit=99, seconds=20.0, clock=lambda: now[0])
+    assert (made.rounds, made.seconds) == (3, 40.0)  # and one to warm up
+    assert made.rows[0].verdict == "too noisy to tell"
+    assert made.rows[0].note == "only 3 of 5 rounds were undisturbed or in time"
+
+
+def test_each_measure_gets_its_share_of_what_is_left():
+    assert share_of(100.0, [30.0, 20.0]) == 30.0
+    assert share_of(25.0, [30.0, 20.0]) == 15.0
+    assert share_of(-5.0, [30.0, 20.0]) == 3.0  # enough to say that it was too short
 
 
 def test_a_missing_peer_is_skipped_with_its_reason():

@@ -205,7 +205,7 @@ def test_plain_stage_events_are_kept_late_in_bounded_number() -> None:
     made = StatsFold()
     for n in range(70_000):
         made.add(Event("stage.started", n, n, "r", str(n % 10), None, 1, "async"))
-        assert len(made._late) < 65_536
+        assert len(made.late) < 65_536
     assert len(made.tallies) == 10
 
 
