@@ -120,8 +120,12 @@ class Views:
         self.sinks.append(fold)
 
         def write() -> None:
-            write_report(path, fold, graph=drawing)
-            click.echo(f"report: {path}", err=True)
+            try:
+                write_report(path, fold, graph=drawing)
+            except OSError as error:  # a full disk: the run is over, and its results are still to be told
+                click.echo(f"the report cannot be written to {path}: {error.strerror or error}", err=True)
+            else:
+                click.echo(f"report: {path}", err=True)
 
         self._report = write
 

@@ -33,6 +33,10 @@ LINES_EVERY: Final = 10.0
 #: Stages that get a row; what runs comes first.
 MAX_ROWS: Final = 24
 _BAR: Final = 24
+#: Columns of numbers.
+_RIGHT: Final = (2, 3, 4)
+#: The live view rests this many times as long as it took to draw: at most 2 % of a core, however busy the machine is.
+_REST: Final = 49.0
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -165,6 +169,9 @@ class ProgressSink:
         self._last = -1e9
         self._live: Live | None = None
         self._console: Console | None = None
+        self._drawer: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._ascii = False
         self._broken = False
         self._width = 0
 
@@ -209,12 +216,29 @@ class ProgressSink:
         self._live = Live(
             console=self._console,
             get_renderable=self.render,
-            refresh_per_second=REFRESH,
+            auto_refresh=False,
             redirect_stdout=self.stream.isatty(),
             redirect_stderr=self.stream.isatty(),
             vertical_overflow="crop",
         )
+        self._ascii = self._console.options.ascii_only
         self._live.start()
+        self._drawer = threading.Thread(
+            target=self._draw, args=(self._live, self._stop), name="stageflow-progress", daemon=True
+        )
+        self._drawer.start()
+
+    def _draw(self, live: Live, stop: threading.Event) -> None:
+        """Draw a few times a second until told to stop."""
+        pause = 1.0 / REFRESH
+        while not stop.wait(pause):
+            began = time.monotonic()
+            try:
+                live.refresh()
+            except (OSError, ValueError):
+                self._broken = True  # a closed terminal
+                return
+            pause = max(1.0 / REFRESH, _REST * (time.monotonic() - began))
 
     def _end(self) -> None:
         if self.mode == "live":
@@ -228,8 +252,14 @@ class ProgressSink:
 
     def _stop_live(self) -> None:
         live, self._live = self._live, None
-        if live is not None:
-            live.stop()
+        if live is None:
+            return
+        drawer, self._drawer = self._drawer, None
+        self._stop.set()
+        if drawer is not None:
+            drawer.join(5.0)
+        self._stop = threading.Event()
+        live.stop()
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -267,41 +297,57 @@ class ProgressSink:
         self._write(clear + "".join(f"{line}\n" for line in lines))
 
     def render(self) -> RenderableType:
-        """The live view as a rich renderable."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
+        """The live view as a rich renderable: one text, laid out here, since rich's tables take five times as long."""
+        from rich.cells import cell_len
         from rich.text import Text
 
         rows = self.fold.rows()
         shown, hidden = choose_rows(rows, MAX_ROWS)
-        table = Table.grid(padding=(0, 1))
-        for place in range(8):
-            table.add_column(no_wrap=True, justify="right" if place in (2, 3, 4) else "left")
-        for row in shown:
-            style = {"fail": "red", "skip": "dim", "pending": "dim", "cancel": "yellow"}.get(row.status, "")
-            done = f"{row.done:,}" + (f"/{row.total:,}" if row.total is not None and row.total != row.done else "")
-            bar: Any = ""
-            if row.total or row.status == "running":
-                pulse = row.total is None
-                bar = ProgressBar(
-                    total=row.total or 1, completed=row.done, width=_BAR, pulse=pulse and row.status == "running"
-                )
-            bad = Text(" ".join(_troubles(row)), style="red" if row.failed else "yellow")
-            table.add_row(
-                Text(_printable(row.stage)[:32], style=style),
-                bar,
-                Text(done, style=style),
-                Text(rate(row.per_second) if row.status == "running" else ""),
-                Text(duration(row.eta) if row.eta is not None else "", style="cyan"),
-                Text(row.lane, style="dim"),
-                bad,
-                Text(_printable(" · ".join(_details(row)))[:60], style="dim"),
-            )
-        parts: list[Any] = [Text(headline(self.fold), style="bold"), table]
+        lines = [self._cells(row) for row in shown]
+        widths = [max(map(cell_len, column), default=0) for column in zip(*map(_plain, lines), strict=True)]
+        text = Text(no_wrap=True, overflow="ellipsis").append(headline(self.fold), "bold")
+        for line in lines:
+            text.append("\n")
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True)):
+                gap = " " * (width - sum(cell_len(words) for words, _ in cell))
+                if place in _RIGHT:
+                    text.append(gap)
+                for words, style in cell:
+                    text.append(words, style)
+                if place < len(line) - 1:
+                    text.append(" " if place in _RIGHT else f"{gap} ")
         if hidden:
-            parts.append(Text(f"and {hidden:,} more stages", style="dim"))
-        return Group(*parts)
+            text.append(f"\nand {hidden:,} more stages", "dim")
+        return text
+
+    def _cells(self, row: Row) -> list[list[tuple[str, str]]]:
+        """The cells of one line of the view, each as words and their styles."""
+        style = {"fail": "red", "skip": "dim", "pending": "dim", "cancel": "yellow"}.get(row.status, "")
+        running = row.status == "running"
+        done = f"{row.done:,}" + (f"/{row.total:,}" if row.total is not None and row.total != row.done else "")
+        return [
+            [(_printable(row.stage)[:32], style)],
+            _bar(row, "-" if self._ascii else "━") if row.total or running else [],
+            [(done, style)],
+            [(rate(row.per_second) if running else "", "")],
+            [(duration(row.eta) if row.eta is not None else "", "cyan")],
+            [(row.lane, "dim")],
+            [(" ".join(_troubles(row)), "red" if row.failed else "yellow")],
+            [(_printable(" · ".join(_details(row)))[:60], "dim")],
+        ]
+
+
+def _plain(line: list[list[tuple[str, str]]]) -> list[str]:
+    return ["".join(words for words, _ in cell) for cell in line]
+
+
+def _bar(row: Row, stroke: str) -> list[tuple[str, str]]:
+    """How much is done, as a bar; dim where nobody knows of how much."""
+    if row.total is None:
+        return [(stroke * _BAR, "dim")]
+    filled = min(_BAR, _BAR * row.done // row.total) if row.total else 0
+    full = "bar.finished" if filled == _BAR else "bar.complete"
+    return [(stroke * filled, full), (stroke * (_BAR - filled), "bar.back")]
 
 
 def choose_rows(rows: list[Row], limit: int) -> tuple[list[Row], int]:

@@ -71,6 +71,26 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(folder, opti
     assert f"{option} 'shop.py/x" in done.stderr
 
 
+def test_a_report_that_can_no_longer_be_written_is_told_and_the_result_is_shown(folder):
+    (folder / "gone.py").write_text(
+        textwrap.dedent("""
+        import pathlib, shutil
+        from stageflow import PipelineBuilder
+
+        def close(folder: str) -> int:
+            shutil.rmtree(folder)
+            pathlib.Path(folder).touch()
+            return 42
+
+        graph = PipelineBuilder("gone").stage("close", close, executor="thread").build()
+        """)
+    )
+    done = stageflow(folder, "run", "gone.py:graph", "-i", "folder=out", "--report", "out/run.html")
+    assert (done.returncode, "42" in done.stdout) == (0, True), done.stderr
+    assert "the report cannot be written to out/run.html: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_failure_is_saved_and_replayed(folder):
     done = stageflow(folder, "run", "shop.py:divided", "-i", "count=0", "--save-failed", "failed")
     assert done.returncode == 1

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from stageflow.events.event import Event
@@ -62,6 +64,38 @@ def test_totals_are_known_once_the_source_has_ended(docs_run: list[Event]) -> No
     fetch = next(row for row in folded([*some, closed]).rows() if row.stage == "fetch")
     assert (fetch.done, fetch.total) == (50, 100)
     assert fetch.eta == pytest.approx(50 / fetch.per_second)
+
+
+def test_columns_of_the_live_view_are_in_line_and_end_within_the_terminal(docs_run: list[Event]) -> None:
+    sink = ProgressSink(Terminal(), "line")
+    for event in docs_run[:-2]:
+        sink.fold.add(msgspec.structs.replace(event, stage="\u89e3\u6790") if event.stage == "parse" else event)
+    out = io.StringIO()
+    Console(file=out, width=140, color_system=None).print(sink.render())
+    head, *lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert head.startswith("docs \u00b7 running")
+    assert not any("\u2026" in line for line in lines)
+    places = {cell_len(line[: line.index(" \u2501")]) for line in lines if " \u2501" in line}
+    assert len(places) == 1
+    assert any(line.startswith("\u89e3\u6790") and "2 failed" in line for line in lines)
+
+
+def test_the_live_view_takes_no_more_than_its_share_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = [0.0], []
+    monkeypatch.setattr("stageflow.report.progress.time.monotonic", lambda: now[0])
+
+    class Slow:
+        def refresh(self) -> None:
+            now[0] += 0.1
+
+    class Stop:
+        def wait(self, pause: float) -> bool:
+            pauses.append(pause)
+            return len(pauses) == 4
+
+    ProgressSink(Terminal(), "live")._draw(Slow(), Stop())  # type: ignore[arg-type]
+    assert pauses[0] == 0.2
+    assert all(0.1 / (pause + 0.1) <= 0.021 for pause in pauses[1:])
 
 
 def test_the_live_view_shows_bars_prints_above_and_leaves_the_terminal(docs_run: list[Event]) -> None:
