@@ -42,6 +42,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ladder: Any = None
     #: further policies: each is asked before a task starts or a source is pulled, and answers None or why to wait
     backpressure: tuple[Callable[[Any], str | None], ...] = ()
+    #: lower the threads and async attempts at once where it is measured that fewer do as well (loop lag, one busy
+    #: interpreter, CPU quota, descriptors), raise them again where more do more
+    adaptive: bool = True
+    #: seconds between thread switches (`sys.setswitchinterval`) while runs with thread stages are active, so that one
+    #: that computes in Python does not hold up hand-offs to workers; None = leave it alone
+    switch_interval: float | None = 0.0005
     #: runs at once in `stream`; None = twice the worker processes, at least 8
     max_in_flight: int | None = None
     #: bytes up to which a value travels in the frame: below, shared memory costs more than the copy
@@ -86,6 +92,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         grace: Any = self.grace  # a frozen Struct checks no types: anything may be in it
         if not isinstance(grace, int | float) or isinstance(grace, bool) or grace < 0:
             raise _wrong("grace", grace, "seconds, 0 or more")
+        interval: Any = self.switch_interval
+        if interval is not None and (
+            not isinstance(interval, int | float) or isinstance(interval, bool) or interval <= 0
+        ):
+            raise _wrong("switch_interval", interval, "seconds above 0, or None")
         if self.lane is not None:
             _check_lane("lane", self.lane)
         for kind, lane in self.placement.items():

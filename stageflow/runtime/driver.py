@@ -19,6 +19,7 @@ from stageflow.core.errors import InvariantError, StageflowError
 from stageflow.core.executor import Executor, Payload
 from stageflow.core.worker import item_stop
 from stageflow.events.fanout import FanOut
+from stageflow.runtime import switching
 from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.feeding import Feeding
@@ -178,6 +179,7 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         self.broken = True
         _log.error("the scheduler failed; every run on this loop ends", exc_info=error)
         for job in list(self.jobs.values()):
+            self._switched_back(job)
             if not job.finished.done():
                 failure = (
                     error if isinstance(error, StageflowError) else InvariantError(f"{type(error).__name__}: {error}")
@@ -208,6 +210,9 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         if len(self.jobs) == 1:
             for watcher in self.watchers:
                 watcher.begin()
+        if "thread" in job.code.needed and self.engine is not None and self.engine.config.switch_interval:
+            job.switching = self.engine.config.switch_interval
+            switching.enter(job.switching)
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
@@ -297,8 +302,14 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         except RuntimeError:
             pass  # the loop is closed: the run is over
 
+    def _switched_back(self, job: Job) -> None:
+        if job.switching:
+            seconds, job.switching = job.switching, 0.0
+            switching.leave(seconds)
+
     def _finish_run(self, action: act.FinishRun) -> None:
         job = self.jobs.pop(action.run)
+        self._switched_back(job)
         if not self.jobs:
             self.sampler.end()
             for watcher in self.watchers:

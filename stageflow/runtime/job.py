@@ -70,6 +70,7 @@ class Job:
         "started_ns",
         "stats",
         "survivors",
+        "switching",
         "token",
         "trace",
         "unlink",
@@ -117,6 +118,7 @@ class Job:
         self.doomed: dict[tuple[int, tuple[int, ...]], str] = {}  # (stage, path) of items to be stopped once begun
         self.abandoned: list[Abandoned] = []
         self.pumps: dict[int, Any] = {}
+        self.switching = 0.0  # the interval of thread switches that this run asked for
         self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
         self.snapshot_wire: Any = None
         self.inputs_wire: dict[Any, Any] = {}  # inputs encoded once for several process calls

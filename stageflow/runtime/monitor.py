@@ -20,6 +20,7 @@ import msgspec
 
 from stageflow.events import names
 from stageflow.runtime.sampling import anonymous_bytes
+from stageflow.runtime.tuner import Tuner
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.backpressure import Ladder, LadderState, Reading, climb
 
@@ -123,6 +124,18 @@ def stalled(sources: Sources = HERE) -> float:
     return 0.0
 
 
+def throttled(sources: Sources = HERE) -> float:
+    """Seconds, since it began, in which the CPU quota of the container held its processes; 0 without one."""
+    folder = _folders(sources)[0]
+    for path, key, unit in (
+        (f"{folder}/cpu.stat", "throttled_usec", 1e-6),
+        (f"{sources.cgroup}/cpu/cpu.stat", "throttled_time", 1e-9),
+    ):
+        if found := _field(_text(path), key):
+            return found * unit
+    return 0.0
+
+
 def descriptors(sources: Sources = HERE) -> float:
     """Share of the allowed descriptors of this process that are open."""
     try:
@@ -147,6 +160,7 @@ def look(at: float, pids: Iterable[int] = (), lag: float = 0.0, sources: Sources
         fattest=max(workers, default=0),
         loop_lag=lag,
         descriptors=descriptors(sources),
+        throttled=throttled(sources),
     )
 
 
@@ -177,6 +191,7 @@ class Monitor:
         self.sources = sources if sources is not None else Sources()
         self.state = LadderState()
         self.reading: Reading | None = None
+        self.tuner = Tuner(driver) if driver.engine.config.adaptive else None
         self._runs = 0
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
@@ -198,6 +213,8 @@ class Monitor:
                 self._timer = None
             if self.state.level:
                 self._enter(LadderState())
+            if self.tuner is not None:
+                self.tuner.reset()
 
     def close(self) -> None:
         """No run is active any more."""
@@ -218,6 +235,8 @@ class Monitor:
             self._enter(state)
         if state.level >= 4:
             self._shed(now)
+        if self.tuner is not None:
+            self.tuner.look(reading)
         rising = before is not None and reading.fraction - before.fraction > STEEP
         if self._runs > 0:
             self._again(RISING if rising or state.level else EVERY)

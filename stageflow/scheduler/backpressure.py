@@ -1,9 +1,9 @@
 """Who may start or pull now, and if not, why not: pure functions of what is live, promised and measured.
 
 Bytes that exist are `live`; bytes that running work is expected to add are `promised`; their sum is held below `limit`.
-The deeper a stage, the more of the limit it may use: sources half, the last stage all, so that what was begun can be
-finished. Draining is never refused: if nothing of a run is running, its deepest ready task starts whatever is said
-here.
+The deeper a stage, the more of the limit it may use: sources half, the last stage nearly all, so that what was begun
+can be finished. Draining is never refused: if nothing of a run is running, its deepest ready task starts whatever is
+said here.
 
 May not import: asyncio, threading, time, random, logging, `stageflow.runtime`, any executor.
 """
@@ -17,6 +17,8 @@ import msgspec
 
 #: of the limit, for what sources have given and nobody has finished; the rest is for outputs of what runs
 SOURCE_SHARE: Final = 0.5
+#: of the limit, for the last stage: the rest is for what cannot be counted (rounding, what a reader decodes)
+LAST_SHARE: Final = 0.9
 #: of the limit, above which kept values go to disk
 SPILL_SHARE: Final = 0.5
 #: a source whose items were never seen is asked for so many bytes at most (of the limit: one eighth)
@@ -46,7 +48,7 @@ Policy = Callable[[View], str | None]
 
 def share(depth: float) -> float:
     """Of the limit, for a stage at this depth (0 to 1)."""
-    return SOURCE_SHARE + (1.0 - SOURCE_SHARE) * min(1.0, 0.5 + 0.5 * depth)
+    return SOURCE_SHARE + (LAST_SHARE - SOURCE_SHARE) * min(1.0, 0.5 + 0.5 * depth)
 
 
 def admit(view: View) -> str | None:
@@ -116,6 +118,7 @@ class Reading(msgspec.Struct, frozen=True):
     fattest: int = 0  #: of one of them
     loop_lag: float = 0.0  #: seconds by which the loop was late
     descriptors: float = 0.0  #: share of the allowed descriptors that are open
+    throttled: float = 0.0  #: seconds so far in which the CPU quota held the container
 
     @property
     def fraction(self) -> float:

@@ -7,6 +7,8 @@ import datetime
 import decimal
 import enum
 import gc
+import mmap
+import os
 import pickle
 from typing import Annotated, Any
 
@@ -391,3 +393,44 @@ def test_closed_types_are_recognised() -> None:
     assert codec.is_closed(Nested)
     assert not codec.is_closed(Open)
     assert not codec.is_closed(Base)  # has a subclass
+
+
+def held(segments) -> int:
+    """Bytes that the system has laid down for them."""
+    return sum(os.fstat(segment.fd).st_blocks * 512 for segment in segments if segment.fd >= 0)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_REMOVE"), reason="pages of a part can be given back on Linux only")
+def test_free_blocks_lie_cold_above_the_budget_and_are_used_again():
+    segments = []
+    room = [64 << 20]
+    arena = Arena(0, budget=lambda: room[0], on_segment=segments.append, hard=64 << 20)
+    blocks = [arena.allocate(1 << 20) for _ in range(20)]
+    for block in blocks:
+        block.view[:] = b"x" * (1 << 20)
+    room[0] = 4 << 20  # others have taken the rest
+    for block in blocks[1:]:
+        arena.free(block.key)
+    assert arena.reserved == 4 << 20
+    assert held(segments) <= 5 << 20
+    assert bytes(blocks[0].view[:4]) == b"xxxx"
+    again = [arena.allocate(1 << 20) for _ in range(19)]
+    assert {block.key for block in again} == {block.key for block in blocks[1:]}
+    assert arena.reserved == 20 << 20
+    for block in again:
+        block.view[:] = b"y" * (1 << 20)
+    assert bytes(blocks[0].view[-4:]) == b"xxxx"
+    arena.close()
+    assert arena.reserved == 0
+
+
+def test_a_new_segment_is_not_given_up_to_make_room_for_itself():
+    room = [64 << 20]
+    arena = Arena(0, budget=lambda: room[0], on_segment=lambda segment: None, hard=256 << 20)
+    small = arena.allocate(1 << 20)
+    room[0] = 1 << 20
+    large = arena.allocate(20 << 20)  # above the budget, which is only for what is kept warm
+    large.view[:4] = b"abcd"
+    arena.free(small.key)
+    assert arena.reserved == 20 << 20
+    arena.close()

@@ -153,4 +153,6 @@ class LaneState:
 
     def _controls(self, lent: Lent) -> tuple[list[bytes], list[int]]:
         freed = self.supply.books.take_freed(lent.handle.number)
+        if freed:
+            self.supply.set_limit(lent.handle)  # it may have to give back what it would have kept
         return ([ch.encode_message([ch.FREE, freed])] if freed else []), []

@@ -113,8 +113,14 @@ class WorkerSupply:
 
     # ------------------------------------------------------------ shared memory
 
+    @property
+    def _shared_limit(self) -> int:
+        """What all arenas may reserve. Where a larger hard limit is set, this is only how much is kept warm: less than
+        all of it, since values also live in heaps."""
+        return self.memory_limit if self.hard_limit is None else self.memory_limit * 3 // 4
+
     def _budget(self) -> int:
-        return self.memory_limit - sum(w.page.words[status.RESERVED] for w in list(self.workers.values()))
+        return self._shared_limit - sum(w.page.words[status.RESERVED] for w in list(self.workers.values()))
 
     def _own_segment(self, segment: Segment) -> None:
         self.books.add_segment(segment.sid, segment.size, os.dup(segment.read_fd))
@@ -132,7 +138,7 @@ class WorkerSupply:
         others = self.arena.reserved + sum(
             w.page.words[status.RESERVED] for w in list(self.workers.values()) if w is not worker
         )
-        worker.page.words[status.LIMIT] = max(0, self.memory_limit - others)
+        worker.page.words[status.LIMIT] = max(0, self._shared_limit - others)
 
     # ------------------------------------------------------------ the fork server
 

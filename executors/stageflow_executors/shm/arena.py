@@ -6,13 +6,15 @@ allocates in it; who else still reads a block is the parent's business (`lease`)
 used, from the arena's own account first.
 
 Values up to 16 MiB share segments of 64 MiB, by size class; larger ones get a segment of their own. Freed blocks are
-kept warm (fresh pages cost more than the copy into them) up to a cap.
+kept warm (fresh pages cost more than the copy into them) up to a cap, and no longer than there is room for them beside
+what all processes have reserved: then they lie cold, their pages given back, until they are needed.
 
 May import `stageflow.core` and the standard library only: workers load it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -103,7 +105,20 @@ def _unlink(name: str) -> None:
 class Segment:
     """The owner's side of one segment: a writable mapping and how far it is reserved and used."""
 
-    __slots__ = ("fd", "free_bytes", "live", "memory", "own", "read_fd", "reserved", "sid", "size", "top", "view")
+    __slots__ = (
+        "cold",
+        "fd",
+        "free_bytes",
+        "live",
+        "memory",
+        "own",
+        "read_fd",
+        "reserved",
+        "sid",
+        "size",
+        "top",
+        "view",
+    )
 
     def __init__(self, sid: int, size: int, *, own: bool, memfd: bool | None) -> None:
         self.sid = sid
@@ -112,7 +127,8 @@ class Segment:
         self.fd, self.read_fd = create_anonymous(size, memfd=memfd)
         self.memory = mmap.mmap(self.fd, size)
         self.view = memoryview(self.memory)
-        self.reserved = 0
+        self.reserved = 0  # how far
+        self.cold = 0  # bytes of it that were given back
         self.top = 0  # where the next fresh block begins
         self.live = 0  # blocks in use
 
@@ -170,6 +186,7 @@ class Arena:
         self.reserved = 0
         self._warm = 0  # reserved bytes in free blocks and free own segments
         self._free: dict[int, list[tuple[Segment, int]]] = {}  # size class -> free blocks, most recently used last
+        self._cold: dict[int, list[tuple[Segment, int]]] = {}  # the same of blocks without pages
         self._classes: dict[tuple[int, int], int] = {}  # block -> its size class
         self._current: Segment | None = None
         #: numbers of segments given back to the system, for the owner of the table to announce
@@ -204,6 +221,15 @@ class Arena:
                 raise
             segment.top = size
             return segment, 0
+        if cold := self._cold.get(size):
+            segment, off = cold.pop()
+            try:
+                self._claim(segment, off, size)
+            except BaseException:
+                self._cold.setdefault(size, []).append((segment, off))
+                raise
+            segment.cold -= size
+            return segment, off
         current = self._current
         if current is None or current.size - current.top < size:
             current = self._current = self._new_segment(SEGMENT, own=False)
@@ -237,20 +263,30 @@ class Arena:
     def _reserve(self, segment: Segment, nbytes: int, *, ahead_of_need: bool = False) -> bool:
         """Make room in `segment`. What is only ahead of need is refused where it would cost others their warm blocks;
         the rest raises SharedMemoryFullError."""
-        if self.reserved + nbytes > self._budget():
-            if ahead_of_need:
-                return False
-            self._trim(max(0, self._budget() - nbytes))
-        if self.reserved + nbytes > (self._budget() if self._hard is None else self._hard):
-            raise self._full(nbytes, None)
-        try:
-            allocate(segment.fd, segment.reserved, nbytes)
-        except OSError as error:
-            if ahead_of_need:
-                return False
-            self._trim(0)
-            raise self._full(nbytes, error) from error
+        if not self._claim(segment, segment.reserved, nbytes, ahead_of_need=ahead_of_need):
+            return False
         segment.reserved += nbytes
+        return True
+
+    def _claim(self, segment: Segment, off: int, nbytes: int, *, ahead_of_need: bool = False) -> bool:
+        """Have the system lay down pages, if the account allows."""
+        segment.live += 1  # it is not to be dropped to make room for itself
+        try:
+            if self.reserved + nbytes > self._budget():
+                if ahead_of_need:
+                    return False
+                self._shrink(max(0, self._budget() - nbytes))
+            if self.reserved + nbytes > (self._budget() if self._hard is None else self._hard):
+                raise self._full(nbytes, None)
+            try:
+                allocate(segment.fd, off, nbytes)
+            except OSError as error:
+                if ahead_of_need:
+                    return False
+                self._trim(0)
+                raise self._full(nbytes, error) from error
+        finally:
+            segment.live -= 1
         self.reserved += nbytes
         return True
 
@@ -273,16 +309,43 @@ class Arena:
             segment.live -= 1
             self._free.setdefault(size, []).append((segment, key[1]))
             self._warm += size
-            if self._warm > WARM_CAP:
-                self._trim(self.reserved - (self._warm - WARM_CAP))
+            over = max(self._warm - WARM_CAP, min(self._warm, self.reserved - self._budget()))
+            if over > 0:
+                self._shrink(self.reserved - over)
 
     def _trim(self, target: int) -> None:
-        """Close segments without live blocks, the least recently used sizes first, until `reserved <= target`."""
+        """Close segments without live blocks until `reserved <= target`."""
         for segment in sorted(self.segments.values(), key=lambda s: s.own, reverse=True):
             if self.reserved <= target:
                 return
             if segment.live == 0:
+                # others may still have it mapped, and would keep its pages
+                with contextlib.suppress(AttributeError, OSError):
+                    segment.memory.madvise(mmap.MADV_REMOVE)
                 self._drop(segment)
+
+    def _shrink(self, target: int) -> None:
+        """Give back the pages of free blocks, and where that cannot be done close segments, until `reserved <=
+        target`."""
+        for size in sorted((size for size in self._free if size <= OWN_SEGMENT_ABOVE), reverse=True):
+            while self.reserved > target and self._free[size] and self._cool(size):
+                pass
+        self._trim(target)
+
+    def _cool(self, size: int) -> bool:
+        """Give back the pages of the free block of a size that was used least recently. Nobody reads it."""
+        free = self._free[size]
+        segment, off = free[0]
+        try:
+            segment.memory.madvise(mmap.MADV_REMOVE, off, size)
+        except (AttributeError, OSError):
+            return False  # not on this platform
+        del free[0]
+        self._cold.setdefault(size, []).append((segment, off))
+        segment.cold += size
+        self.reserved -= size
+        self._warm -= size
+        return True
 
     def _drop(self, segment: Segment) -> None:
         for size, free in list(self._free.items()):
@@ -292,8 +355,10 @@ class Arena:
                 self._free[size] = kept
             else:
                 del self._free[size]
+        for size, cold in list(self._cold.items()) if segment.cold else ():
+            self._cold[size] = [entry for entry in cold if entry[0] is not segment]
         del self.segments[segment.sid]
-        self.reserved -= segment.reserved
+        self.reserved -= segment.reserved - segment.cold
         if self._current is segment:
             self._current = None
         self.closed.append(segment.sid)
