@@ -129,3 +129,38 @@ def tagged(tag: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+#: the same, killed by itself in a state named by its second argument
+PARENT_IN = """
+import asyncio, atexit, os, sys, time
+from pathlib import Path
+from stageflow_executors.processes.pool import ProcessExecutor
+from stageflow_executors.processes.supply import WorkerSupply
+
+def linger(sign):
+    atexit.register(lambda: (Path(sign).touch(), time.sleep(60)))
+    return bytes(1 << 20)
+
+async def main():
+    method, state, sign = sys.argv[1:]
+    supply = WorkerSupply(2, start_method=method, preload=["sf_slow"] if state == "starting" else [])
+    async with ProcessExecutor(supply=supply) as executor:
+        call = executor.submit(linger, sign)
+        await asyncio.sleep(0)
+        if state == "starting":  # the fork server imports for long; a spawned worker is at its own imports
+            while method == "forkserver" and not Path(sign).exists():
+                await asyncio.sleep(0.01)
+        else:
+            kept = await call
+            (lent,) = executor._lent.values()
+            executor._release_worker(lent)
+            if state == "retiring":
+                supply.dismiss(supply.idle[0])
+                while not Path(sign).exists():
+                    await asyncio.sleep(0.01)
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""

@@ -23,7 +23,7 @@ from stageflow.core.errors import NotShippableError, SharedMemoryFullError, Work
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Reply, Shipped
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.supply import WorkerSupply
-from tests.executors.leaks import PARENT, Holdings, alive, gone, lane, shm_entries, tagged
+from tests.executors.leaks import PARENT, PARENT_IN, Holdings, alive, gone, lane, shm_entries, tagged
 
 
 def identity(value: Any) -> Any:
@@ -538,6 +538,31 @@ def test_nothing_outlives_the_parent(number: int, user_fork: str, start_method: 
         os.kill(pid, signal.SIGKILL)
     assert len(left) <= limit
     assert (shm_entries(), set(os.listdir(tmp_path)) - {"parent.py"}) == before
+
+
+@pytest.mark.parametrize("state", ["starting", "idle", "retiring"])
+def test_nothing_outlives_a_parent_killed_in_any_state(state: str, start_method: str, tmp_path: Path) -> None:
+    tag = f"STAGEFLOW_TEST_TAG={os.getpid()}-{time.monotonic_ns()}"
+    name, _, value = tag.partition("=")
+    temporary, sign = tmp_path / "tmp", tmp_path / "sign"
+    temporary.mkdir()
+    (tmp_path / "sf_slow.py").write_text(f"import pathlib, time\npathlib.Path({str(sign)!r}).touch()\ntime.sleep(60)")
+    before = shm_entries()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT_IN, start_method, state, str(sign)],
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, name: value, "TMPDIR": str(temporary)},
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    assert len(tagged(tag)) >= 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert asyncio.run(gone(tagged(tag)))
+    assert not tagged(tag), "something was started behind its death"
+    assert (shm_entries(), list(temporary.iterdir())) == (before, [])
 
 
 # ------------------------------------------------------------ parts

@@ -13,6 +13,7 @@ process can learn those), `failed`, and `preload` with what could not be importe
 blocks on a parent that does not read.
 
 When the engine ends, by whatever signal (its pidfd, or end of file), it kills and reaps every descendant and exits.
+Imports are interrupted for that by a timer.
 
 May import the standard library only, and none of the package, before the first fork request: it is executed by path.
 """
@@ -36,6 +37,7 @@ from typing import Any, Final
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_CHILD_SUBREAPER: Final = 36
+LOOK_EVERY: Final = 0.25
 SCM_ROOM: Final = socket.CMSG_SPACE(16 * 4)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -121,6 +123,7 @@ class Server:
         self.stderr = stderr
         self.words = words  # the engine reads it when this process is dead
         self.excluded = excluded
+        self.parent = os.getppid()
         self.workers: dict[int, int] = {}  # pid -> the parent's number of the worker
         self.answers: list[tuple[bytes, int]] = []  # (message, descriptor to pass and close, or -1)
         self.configured = False
@@ -158,16 +161,50 @@ class Server:
 
     # ------------------------------------------------------------ configuration and preload
 
+    def look_after(self, watching: bool) -> None:
+        """While modules are imported, which may take long, look now and then whether the engine lives."""
+        signal.signal(signal.SIGALRM, self.look if watching else signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY if watching else 0, LOOK_EVERY)
+
+    def look(self, *_: Any) -> None:
+        if self.is_alone():
+            self.end()
+
+    def is_alone(self) -> bool:
+        """Is the engine gone, or has it let go of us?"""
+        if os.getppid() != self.settings.get("engine_pid", self.parent):
+            return True
+        if self.engine >= 0:
+            poll = select.poll()
+            poll.register(self.engine, select.POLLIN)
+            if poll.poll(0):
+                return True
+        try:
+            return not self.control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for pid in self.workers:
+            kill_group(pid)
+        sweep_all()
+        os._exit(0)
+
     def warm_up(self, path: list[str], names: list[str]) -> None:
         """Import what every worker needs while the engine is still at its own imports. Failures are told by
         `configure`, which tries again.
         """
         sys.path[:] = path
+        self.look_after(True)
         for name in names:
             try:
                 importlib.import_module(name)
             except BaseException:
-                return
+                break
+        self.look_after(False)
 
     def configure(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -181,6 +218,7 @@ class Server:
     def preload(self, names: list[str]) -> None:
         """Import modules once for all workers forked from now on."""
         problems = []
+        self.look_after(True)
         for name in names:
             if name in self.excluded or name in sys.modules:
                 continue
@@ -198,8 +236,10 @@ class Server:
                 if not self.configured:
                     # Nothing was forked yet and the configuration is only peeked at, so a fresh image of this very
                     # process starts over, without the module.
+                    self.look_after(False)  # a timer outlives an exec, its handler does not
                     os.dup2(self.words, 2)
                     os.execv(sys.executable, [*self.settings["command"], *self.excluded, name])
+        self.look_after(False)
         self.say("")
         if problems:
             self.answer("preload", problems)
@@ -336,9 +376,7 @@ class Server:
                 self.flush()
             if ready.get(control, 0) & ~select.POLLOUT and not self.request():
                 break
-        for pid in self.workers:
-            kill_group(pid)
-        sweep_all()
+        self.end()
 
 
 def main() -> None:
