@@ -464,9 +464,9 @@ async def chaos(calls: int, every: float) -> None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(finished.wait(), every)
                 break
-            pids = executor.supply.idle_pids()
-            if pids:
-                os.kill(dice.choice(pids), signal.SIGKILL)
+            with suppress(IndexError, ProcessLookupError):  # none is up, or it is dead and nobody knows yet
+                up = [worker.pidfd for worker in executor.supply.workers.values() if worker.ready]
+                signal.pidfd_send_signal(dice.choice(up), signal.SIGKILL)
                 kills += 1
         assert sorted(ends) == list(range(calls))
         assert kills > 3
