@@ -465,7 +465,7 @@ async def chaos(calls: int, every: float) -> None:
                 await asyncio.wait_for(finished.wait(), every)
                 break
             with suppress(IndexError, ProcessLookupError):  # none is up, or it is dead and nobody knows yet
-                up = [worker.pidfd for worker in executor.supply.workers.values() if worker.ready]
+                up = [worker.pidfd for worker in executor.supply.workers.values() if worker.ready and worker.pidfd >= 0]
                 signal.pidfd_send_signal(dice.choice(up), signal.SIGKILL)
                 kills += 1
         assert sorted(ends) == list(range(calls))
