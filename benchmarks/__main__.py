@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--update", action="store_true", help="measure and write the baseline")
     check.add_argument("--no-instructions", action="store_true", help="leave valgrind out")
     check.add_argument("--counts-only", action="store_true", help="what noise cannot reach; leaves the ratios out")
-    commands.add_parser("where", help="where the microseconds of a stage go")
+    commands.add_parser("where", help="where the microseconds and byte codes of a stage go")
     commands.add_parser("list", help="names of the scenarios")
     one = commands.add_parser("one", help="one scenario in this process, as JSON (used by the others)")
     one.add_argument("name")
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.command == "where":
         print(where.table(where.look()))
+        print(f"\n{bytecodes.table(bytecodes.per_completion((*bytecodes.SHAPES, *bytecodes.FLOORS)))}")
         return 0
     if given.command == "one":
         return _one(given)
@@ -209,6 +210,7 @@ def _write_readme(
     sections = {"table": f"{report.machine_text(here, seconds)}\n\n{report.table(reports)}"}
     if any(made.scenario == "stages" for made in reports):
         sections["where"] = where.table(where.look())
+        sections["counts"] = bytecodes.table(bytecodes.per_completion((*bytecodes.SHAPES, *bytecodes.FLOORS)))
     if curves:
         PLOT.write_text(
             svg.curves(report.panels(curves), title="Efficiency by task length (METG where it crosses 50 %)")

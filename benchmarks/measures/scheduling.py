@@ -107,6 +107,7 @@ def _core(scale: float) -> Iterator[Sides]:
             graph = graph_of(shape)
             key = shape.replace(" ", "_")
             sides.add(f"{key}_ours", cpu_timed(_runs(runner, engine, graph, _nobody), repeat=5))
+            sides.add(f"{key}_floor", cpu_timed(partial(_floor, runner, graph), repeat=5))
             if service is not None:
                 kind = shape.partition(" ")[0]
                 asked = {"shape": kind, "size": len(graph), "width": 100}
@@ -186,14 +187,15 @@ SCENARIOS = (
         rows=tuple(
             Row(
                 id="S3",
-                what=f"{shape} stages",
+                what=f"{shape} stages{what}",
                 against="stageflow-core",
                 over=f"{shape} core".replace(" ", "_"),
-                under=f"{shape} ours".replace(" ", "_"),
-                bar=15.0,
+                under=f"{shape} {side}".replace(" ", "_"),
+                bar=bar,
                 at_most=False,
             )
             for shape in SHAPES
+            for what, side, bar in (("", "ours", 15.0), (", asyncio floor (limit)", "floor", None))
         ),
     ),
     Scenario(

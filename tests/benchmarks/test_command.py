@@ -54,4 +54,4 @@ def test_a_peer_that_is_not_installed_has_a_name():
 
 def test_the_page_has_every_section_that_the_command_writes():
     sections = re.findall(r"<!-- begin (\w+): ", README.read_text("utf-8"))
-    assert sections == ["table", "where", "memory", "metg", "scale"]
+    assert sections == ["table", "where", "counts", "memory", "metg", "scale"]
