@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from stageflow.core.errors import InvariantError
-from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.policies import DEFAULT_POLICIES, Policies
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
@@ -26,6 +25,7 @@ from stageflow.scheduler.admission import Admission, Limit, slots_of
 from stageflow.scheduler.backpressure import Policy
 from stageflow.scheduler.blocks import BlockRules
 from stageflow.scheduler.books import Lane, Run, Task
+from stageflow.scheduler.ends import EndRules
 from stageflow.scheduler.flow import FlowRules
 from stageflow.scheduler.folding import FoldRules
 from stageflow.scheduler.fused import RegionRules
@@ -33,18 +33,28 @@ from stageflow.scheduler.guards import GuardRules
 from stageflow.scheduler.losses import LossRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
 from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
-from stageflow.scheduler.states import ALLOWED, ENDED, StageState
+from stageflow.scheduler.states import ALLOWED, StageState
 from stageflow.scheduler.stops import StopRules
 from stageflow.scheduler.streams import Stream
+from stageflow.scheduler.timers import TimerRules
 
 _S = StageState
 _COMPLETED: Final = act.Completed
 AHEAD: Final = 2  # tasks per worker when they are short
-CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
 class Machine(
-    PlainRules, OutcomeRules, FlowRules, BlockRules, LossRules, FoldRules, RegionRules, GuardRules, StopRules
+    PlainRules,
+    OutcomeRules,
+    FlowRules,
+    BlockRules,
+    LossRules,
+    FoldRules,
+    RegionRules,
+    GuardRules,
+    StopRules,
+    EndRules,
+    TimerRules,
 ):
     """The scheduler of one event loop: any number of runs, one set of lanes.
 
@@ -90,7 +100,7 @@ class Machine(
         self._mixed: bool = False  # there is more than one such lane
         self._seq: int = 0
         self._next_task: int = 0
-        self._next_timer = 0
+        self._next_timer: int = 0
         self._timer_run: dict[int, Run | None] = {}
         self._ended: deque[tuple[Run, int]] = deque()
         self._emptied: deque[tuple[Run, Stream, int, int]] = deque()
@@ -185,91 +195,6 @@ class Machine(
                 self._came_ready(run, stage, now)
         self._settle_ended(now)
         self._touch(run)
-
-    def _on_cancel(self, signal: sig.CancelRequested, now: float) -> None:
-        run = self.runs.get(signal.run)
-        if run is None:
-            return
-        if run.ending is None:
-            self._end_run(run, "cancelled", signal.reason, now)
-        if signal.force:
-            self._force(run, signal.reason)
-        self._touch(run)
-
-    def _force(self, run: Run, reason: str) -> None:
-        """The grace is over: stop attempts by the strongest means, and wait for no source any more."""
-        for task in list(run.tasks.values()):
-            self._out.append(act.StopAttempt(task.id, reason, force=True))
-        for source in run.sources:
-            if source.pull_open:
-                source.pull_open = False
-                source.ended = True
-                run.pulling -= 1
-
-    def _end_run(self, run: Run, status: str, reason: str, now: float, error: ErrorInfo | None = None) -> None:
-        """From now on nothing of the run starts; what runs is asked to stop."""
-        if run.ending is not None:
-            return
-        run.ending = status
-        run.reason = reason
-        run.error = error
-        of_tasks = {task.timer for task in run.tasks.values()}
-        for timer in list(run.timers):
-            if timer not in of_tasks:
-                self._drop_timer(timer)
-        run.deadline_timer = 0
-        run.retry_timers = 0
-        for task in run.tasks.values():
-            if task.stopping is None:
-                task.stopping = reason
-                self._out.append(act.StopAttempt(task.id, reason))
-        for source in run.sources:
-            if not source.ended and not source.stopped and source.started_at >= 0:
-                source.stopped = True
-                if not source.pull_open:  # its end is waited for
-                    source.pull_open = True
-                    run.pulling += 1
-                self._out.append(act.StopSource(run.id, source.stage, reason))
-        if run.running or run.pulling:
-
-            def force(due: sig.TimerDue, at: float) -> None:
-                run.grace_timer = 0
-                self._force(run, reason)
-
-            run.grace_timer = self._set_timer(run, now + self.grace, force)
-        self._touch(run)
-
-    def _finish(self, run: Run, now: float) -> None:
-        """Nothing runs any more: close the books."""
-        status = run.ending
-        if run.streams and (status is not None or not run.clean or not run.plain):
-            self._stopped_streams(run, now)
-        if status is not None:
-            state = run.state
-            for stage in range(run.layout.size):
-                if state[stage] < ENDED:
-                    state[stage] = _S.CANCELLED
-                    if run.listening:
-                        self._emit("stage.cancelled", run, stage, data={"reason": run.reason})
-            run.open = 0
-        else:
-            # a stage that failed and then passed on a guard's retry path did not fail
-            bad = not run.clean and (run.state.count(_S.FAILED) or run.state.count(_S.CANCELLED))
-            status = "failed" if bad or run.failed_items or run.cancelled_items else "completed"
-        for timer in list(run.timers):
-            self._drop_timer(timer)
-        del self.runs[run.id]
-        self.final_states[run.id] = bytes(run.state)
-        for stream in run.streams.values():
-            self.promised -= stream.promised
-            stream.promised = 0
-        self.spilling -= sum(max(0, chunk.nbytes) for chunk in run.spilling.values())
-        run.spilling.clear()
-        for stream in run.streams.values():
-            self._release_stream(run, stream)
-        self.live_bytes -= run.live_bytes
-        run.live_bytes = 0
-        self._out.append(act.FinishRun(run.id, status, run.reason, run.error))
 
     # ------------------------------------------------------------ moving
 
@@ -591,77 +516,6 @@ class Machine(
         for run in self.runs.values():
             self._touch(run)
 
-    # ------------------------------------------------------------ timers
-
-    def _set_timer(self, run: Run | None, at: float, then: Callable[[sig.TimerDue, float], None], task: int = 0) -> int:
-        self._next_timer = timer = self._next_timer + 1
-        self._timer_run[timer] = run
-        if run is not None:
-            run.timers[timer] = then
-        else:
-            self._loose_timers[timer] = then
-        self._out.append(act.SetTimer(timer, at, task))
-        return timer
-
-    @property
-    def _loose_timers(self) -> dict[int, Callable[[sig.TimerDue, float], None]]:
-        return self.admission.timers
-
-    def _drop_timer(self, timer: int) -> None:
-        run = self._timer_run.pop(timer, None)
-        if run is not None:
-            run.timers.pop(timer, None)
-        self._out.append(act.CancelTimer(timer))
-
-    def _on_timer(self, signal: sig.TimerDue, now: float) -> None:
-        if signal.timer not in self._timer_run:
-            return  # it was cancelled while it was on its way
-        run = self._timer_run.pop(signal.timer)
-        if run is None:
-            self._loose_timers.pop(signal.timer)(signal, now)
-            return
-        then = run.timers.pop(signal.timer)
-        then(signal, now)
-        self._settle_ended(now)
-        self._touch(run)
-
-    def _arm_timeout(self, task: Task, limit: float | None, now: float, at: float | None = None) -> None:
-        """Ask to be told when the attempt may have used up its `limit` (queueing does not count), or the stage its
-        deadline (everything counts)."""
-
-        def due(signal: sig.TimerDue, when: float) -> None:
-            task.timer = 0
-            if task.id not in self.tasks or task.stopping is not None:
-                return
-            elapsed = signal.elapsed
-            total = task.run.layout.specs[task.stage].policies.total_timeout
-            if task.deadline is not None and when >= task.deadline - CLOSE:
-                task.limit, task.total = total or 0.0, True
-            elif limit is not None and elapsed is not None and elapsed >= limit - CLOSE:
-                task.limit = limit
-            else:
-                left = limit - (elapsed or 0.0) if limit is not None else 0.0
-                self._arm_timeout(task, limit, when, when + left)
-                return
-            task.stopping = "timeout"
-            self._out.append(act.StopAttempt(task.id, f"timeout after {task.limit:g} s", timeout=task.limit))
-
-            def force(signal: sig.TimerDue, when: float) -> None:
-                task.timer = 0
-                if task.id in self.tasks:
-                    self._out.append(act.StopAttempt(task.id, f"timeout after {task.limit:g} s", force=True))
-
-            task.timer = self._set_timer(task.run, when + self.grace, force)
-
-        if limit is None:
-            at = task.deadline
-        else:
-            at = at if at is not None else now + limit
-            if task.deadline is not None:
-                at = min(at, task.deadline)
-        assert at is not None
-        task.timer = self._set_timer(task.run, at, due, task.id)
-
     # ------------------------------------------------------------ the end of a turn
 
     def _touch(self, run: Run) -> None:
@@ -680,57 +534,6 @@ class Machine(
                     stream.blocked = False
                     self._offer(run, stream, now)
         self._pull_sources(run, now)
-
-    def _check_over(self, run: Run, now: float) -> None:
-        if run.running or run.pulling:
-            return
-        if run.open == 0 or run.ending is not None:
-            if run.grace_timer:
-                self._drop_timer(run.grace_timer)
-                run.grace_timer = 0
-            self._finish(run, now)
-            return
-        self._unstick(run, now)
-
-    def _unstick(self, run: Run, now: float) -> None:
-        """Nothing of the run is running. Draining is never refused: a blocked stream may start now (the deepest
-        goes first); else a source must give, or something waits for its time; else say who waits for whom."""
-        if run.blocked:
-            blocked, run.blocked = run.blocked, []
-            for stream in blocked:
-                stream.blocked = False
-                self._offer(run, stream, now)
-            for lane in self._lane_list:
-                if lane:
-                    self._dispatch_lane(lane, now)
-        if run.running or run.queued or run.retry_timers:
-            return
-        if self._force_pull(run, now):
-            return
-        waits = "; ".join(self._waits(run))
-        error = ErrorInfo(
-            type="stageflow.core.errors.NoProgressError",
-            code="SF-NO-PROGRESS",
-            message=f"nothing runs and nothing can start: {waits}",
-        )
-        self._end_run(run, "failed", error.message, now, error)
-        self._check_over(run, now)
-
-    def _waits(self, run: Run) -> list[str]:
-        """Who waits for whom, for the first stages that have not ended."""
-        layout, said = run.layout, []
-        open_stages = [i for i in range(layout.size) if run.state[i] < ENDED]
-        for i in open_stages[:8]:
-            missing = [layout.name(dep) for dep in layout.graph.deps[i] if run.state[dep] < ENDED]
-            stream = run.streams.get(i)
-            reason = f"stage {layout.name(i)!r} waits for {', '.join(map(repr, missing)) or 'a slot'}"
-            if stream is not None and stream.flowing:
-                at = stream.wait_for or "running"
-                reason += f" ({at}; {stream.ready_count} items ready, {stream.running} running)"
-            said.append(reason)
-        if len(open_stages) > 8:
-            said.append(f"and {len(open_stages) - 8} more")
-        return said
 
     def _emit(
         self,

@@ -26,6 +26,8 @@ SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead
 class PlainRules:
     """Start and success of plain stages."""
 
+    _stirred: Lane | None  # where one of them ended or came ready in this turn
+
     def _start_plain(self: Machine, lane: Lane) -> bool:
         """`_dispatch_lane` and `_start` for the stages at the front of a queue that have no policies (`Layout.simple`)
         and of which no worker has died: every stage of most graphs, so it is spelled out. It must do what those do.
