@@ -155,7 +155,7 @@ def _run(given: argparse.Namespace, *, quick: bool) -> int:
     here = machine()
     print(f"this machine right now: wall time is {stolen():.2f} times CPU time (1.0 is quiet)", flush=True)
     chosen = [one for one in _chosen(given.only) if one.quick or given.only or not quick]
-    if any(one.name == "stageflow-core" for one in chosen):
+    if any(one.name.startswith("stageflow-core") for one in chosen):
         _prepare("stageflow-core")
     if not (quick or given.only or given.no_scale):
         _prepare("wfcommons")

@@ -95,24 +95,30 @@ def _growth(big: str, small: str) -> Callable[[Any], float]:
     )
 
 
-@contextmanager
-def _core(scale: float) -> Iterator[Sides]:
+def _core(shapes: tuple[str, ...]) -> Callable[[float], Any]:
     """The same graphs in stageflow-core, which lives in an interpreter of its own."""
-    sides = Sides()
-    shapes = SHAPES if scale >= 1 else SHAPES[:2]
-    with ExitStack() as stack:
-        runner, engine = stack.enter_context(engine_on_loop(processes=1))
-        service = enter(stack, sides, " ".join(f"{shape} core".replace(" ", "_") for shape in SHAPES), stageflow_core())
-        for shape in shapes:
-            graph = graph_of(shape)
-            key = shape.replace(" ", "_")
-            sides.add(f"{key}_ours", cpu_timed(_runs(runner, engine, graph, _nobody), repeat=5))
-            sides.add(f"{key}_floor", cpu_timed(partial(_floor, runner, graph), repeat=5))
-            if service is not None:
-                kind = shape.partition(" ")[0]
-                asked = {"shape": kind, "size": len(graph), "width": 100}
-                sides.add(f"{key}_core", partial(_ask_core, service, asked))
-        yield sides
+
+    @contextmanager
+    def opened(scale: float) -> Iterator[Sides]:
+        sides = Sides()
+        with ExitStack() as stack:
+            runner, engine = stack.enter_context(engine_on_loop(processes=1))
+            service = enter(stack, sides, " ".join(_side(shape, "core") for shape in shapes), stageflow_core())
+            for shape in shapes:
+                graph = graph_of(shape)
+                sides.add(_side(shape, "ours"), cpu_timed(_runs(runner, engine, graph, _nobody), repeat=5))
+                sides.add(_side(shape, "floor"), cpu_timed(partial(_floor, runner, graph), repeat=5))
+                if service is not None:
+                    kind = shape.partition(" ")[0]
+                    asked = {"shape": kind, "size": len(graph), "width": 100}
+                    sides.add(_side(shape, "core"), partial(_ask_core, service, asked))
+            yield sides
+
+    return opened
+
+
+def _side(shape: str, who: str) -> str:
+    return f"{shape} {who}".replace(" ", "_")
 
 
 @contextmanager
@@ -177,26 +183,32 @@ SCENARIOS = (
         for short, size, seconds in (("100k", "100,000", 30.0), ("1M", "1,000,000", 120.0))
         for kind in ("chain", "fan-out")
     ),
-    Scenario(
-        name="stageflow-core",
-        room="scheduler",
-        open=_core,
-        max_rounds=5,
-        seconds=150.0,
-        quick=False,
-        rows=tuple(
-            Row(
-                id="S3",
-                what=f"{shape} stages{what}",
-                against="stageflow-core",
-                over=f"{shape} core".replace(" ", "_"),
-                under=f"{shape} {side}".replace(" ", "_"),
-                bar=bar,
-                at_most=False,
-            )
-            for shape in SHAPES
-            for what, side, bar in (("", "ours", 15.0), (", asyncio floor (limit)", "floor", None))
-        ),
+    *(
+        Scenario(
+            name=name,
+            room="scheduler",
+            open=_core(shapes),
+            max_rounds=rounds,
+            seconds=seconds,
+            quick=False,
+            rows=tuple(
+                Row(
+                    id="S3",
+                    what=f"{shape} stages{what}",
+                    against="stageflow-core",
+                    over=_side(shape, "core"),
+                    under=_side(shape, side),
+                    bar=bar,
+                    at_most=False,
+                )
+                for shape in shapes
+                for what, side, bar in (("", "ours", 15.0), (", asyncio floor (limit)", "floor", None))
+            ),
+        )
+        for name, shapes, rounds, seconds in (
+            ("stageflow-core", SHAPES[:2], 11, 40.0),
+            ("stageflow-core-layered", SHAPES[2:], 5, 120.0),  # a run takes it a quarter of a minute
+        )
     ),
     Scenario(
         name="stage-memory",
