@@ -19,7 +19,7 @@ import pytest
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.supply import WorkerSupply
-from stageflow_executors.shm import codec
+from stageflow_executors.shm import closed
 from stageflow_executors.shm.arena import Arena, create_anonymous, size_class
 from stageflow_executors.shm.lease import Books, export
 
@@ -389,10 +389,10 @@ def test_books_tell_the_owner_and_close_segments_of_the_dead() -> None:
 
 
 def test_closed_types_are_recognised() -> None:
-    assert codec.is_closed(Closed)
-    assert codec.is_closed(Nested)
-    assert not codec.is_closed(Open)
-    assert not codec.is_closed(Base)  # has a subclass
+    assert closed.is_closed(Closed)
+    assert closed.is_closed(Nested)
+    assert not closed.is_closed(Open)
+    assert not closed.is_closed(Base)  # has a subclass
 
 
 def held(segments) -> int:

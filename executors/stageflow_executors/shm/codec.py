@@ -17,12 +17,13 @@ import pickle
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
 
 from stageflow.core.errors import NotShippableError
+from stageflow_executors.shm import closed
 from stageflow_executors.shm.arena import Block
 
 if typing.TYPE_CHECKING:
@@ -106,12 +107,12 @@ def encode(value: Any, memory: Memory, threshold: int) -> Result:
     elif kind is memoryview:
         return _memoryview(value, memory, threshold)
     elif issubclass(kind, msgspec.Struct):
-        if is_closed(kind) and (data := _typed((value,), kind, value)) is not None:
-            return _laid(STRUCT, data, memory, threshold, _type_pickle(kind))
+        if (data := closed.encode((value,), kind, value)) is not None:
+            return _laid(STRUCT, data, memory, threshold, closed.name_of(kind))
     elif kind is list:
-        if value and issubclass(first := type(value[0]), msgspec.Struct) and is_closed(first):
-            if (data := _typed(value, first, value)) is not None:
-                return _laid(STRUCTS, data, memory, threshold, _type_pickle(first))
+        if value and issubclass(first := type(value[0]), msgspec.Struct):
+            if (data := closed.encode(value, first, value)) is not None:
+                return _laid(STRUCTS, data, memory, threshold, closed.name_of(first))
     elif _ndarray is _Unknown and kind is getattr(sys.modules.get("numpy"), "ndarray", None):
         _meet_numpy()
         return encode(value, memory, threshold)
@@ -397,142 +398,10 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         return []
 
 
-# ---------------------------------------------------------------- closed Struct types
-
-_SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
-_closed: dict[type, bool] = {}
-_typed_codecs: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
-_type_pickles: dict[type, bytes] = {}
-_to_msgpack = msgspec.msgpack.Encoder().encode
-
-
-def is_closed(cls: type) -> bool:
-    """Can instances of exactly `cls` go through typed msgspec unchanged? Cached per class."""
-    if cls.__subclasses__():
-        return False  # a field declared as `cls` may hold one of them, which would come back as `cls`
-    known = _closed.get(cls)
-    if known is None:
-        _closed[cls] = True  # a recursive type is as closed as its other fields
-        known = _closed[cls] = _judge(cls)
-        if not known:
-            _closed.update({other: False for other, verdict in _closed.items() if verdict and _mentions(other, cls)})
-    return known
-
-
-def _judge(cls: type) -> bool:
-    config: Any = getattr(cls, "__struct_config__", None)
-    if config is None or config.weakref or cls.__post_init__ if hasattr(cls, "__post_init__") else config is None:
-        return False
-    if any(name in cls.__dict__ for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")):
-        return False
-    try:
-        hints = typing.get_type_hints(cls, include_extras=True)  # a constraint could refuse what was held
-        fields = msgspec.structs.fields(cls)
-    except Exception:
-        return False
-    return all(_closed_type(hints.get(field.name)) for field in fields) and len(fields) == len(cls.__struct_fields__)  # type: ignore[attr-defined]
-
-
-def _closed_type(hint: Any) -> bool:
-    if hint in _SCALARS:
-        return True
-    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        return is_closed(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        members = [m for m in typing.get_args(hint) if m is not type(None)]
-        # A float field that may also be an int keeps both apart; one Struct beside None is unambiguous.
-        return all(_closed_type(m) for m in members) and sum(m not in _SCALARS for m in members) <= 1
-    return False
-
-
-def _mentions(cls: type, other: type) -> bool:
-    try:
-        return other in typing.get_type_hints(cls).values()
-    except Exception:
-        return True
-
-
-_Check = Callable[[Iterable[Any], list[Any]], bool]
-_checks: dict[type, _Check] = {}
-
-
-def _check_of(cls: type) -> _Check:
-    """A function (values, nested) -> do all fields of all values hold exactly what they were declared for? It appends
-    Structs it found in fields to `nested`. Written out per class: it runs once per record, and saves decoding it again.
-    """
-    check = _checks.get(cls)
-    if check is None:
-        scope: dict[str, Any] = {"cls": cls}
-        lines = ["def check(values, nested):", " for value in values:", "  if type(value) is not cls: return False"]
-        for number, (name, hint) in enumerate(typing.get_type_hints(cls).items()):
-            if name not in cls.__struct_fields__:  # type: ignore[attr-defined]
-                continue
-            kinds = typing.get_args(hint) or (hint if hint is not None else type(None),)
-            structs = [kind for kind in kinds if kind not in _SCALARS]
-            scope[f"kind{number}"] = kinds[0] if len(kinds) == 1 else frozenset(kinds)
-            differs = "is not" if len(kinds) == 1 else "not in"
-            lines.append(f"  if type(value.{name}) {differs} kind{number}: return False")
-            if structs:
-                scope[f"struct{number}"] = structs[0]
-                lines.append(f"  if type(value.{name}) is struct{number}: nested.append(value.{name})")
-        exec("\n".join([*lines, " return True"]), scope)
-        check = _checks[cls] = scope["check"]
-    return check
-
-
-def _exact(values: Iterable[Any], cls: type) -> bool:
-    """Are all of `values` a `cls`, and all that they hold of the declared types, no int in a float's place?"""
-    nested: list[Any] = []
-    found = _check_of(cls)(values, nested)
-    while found and nested:
-        inner, nested = nested, []
-        found = all(_check_of(type(one))((one,), nested) for one in inner)
-    return found
-
-
-def _typed(values: Iterable[Any], cls: type, message: Any) -> bytes | None:
-    """`message` (one of `values`, or all) as typed msgpack, or None if it would not come back as it was."""
-    if _type_pickle(cls) == b"":
-        return None
-    try:
-        return _to_msgpack(message) if _exact(values, cls) else None
-    except Exception:
-        return None
-
-
-def _decoder(target: Any) -> msgspec.msgpack.Decoder[Any]:
-    decoder = _typed_codecs.get(target)
-    if decoder is None:
-        decoder = _typed_codecs[target] = msgspec.msgpack.Decoder(target)
-    return decoder
-
-
-def _type_pickle(cls: type) -> bytes:
-    """The class by reference; b"" if it has no importable name."""
-    data = _type_pickles.get(cls)
-    if data is None:
-        try:
-            data = pickle.dumps(cls, 5)
-        except Exception:
-            data = b""
-        _type_pickles[cls] = data
-    return data
-
-
-_types: dict[bytes, type] = {}
-
-
-def _load_type(data: bytes) -> type:
-    cls = _types.get(data)
-    if cls is None:
-        cls = _types[data] = pickle.loads(data)
-    return cls
-
-
 # ---------------------------------------------------------------- decode
 
 
-def decode(encoded: Encoded, reader: Reader, writable: bool = False) -> Any:
+def decode(encoded: Encoded, reader: Any, writable: bool = False) -> Any:
     """The value again. Raises whatever its classes raise."""
     if type(encoded) is not list:
         return encoded
@@ -575,8 +444,7 @@ def decode(encoded: Encoded, reader: Reader, writable: bool = False) -> Any:
         return str(data, "utf-8")
     if kind == BYTEARRAY:
         return bytearray(data)
-    cls = _load_type(encoded[2])
-    return _decoder(cls if kind == STRUCT else list[cls]).decode(data)  # type: ignore[valid-type]
+    return closed.decode(data, encoded[2], many=kind == STRUCTS)
 
 
 def _load_array(encoded: Encoded, reader: Reader, writable: bool) -> Any:
@@ -607,3 +475,8 @@ def blocks_of(encoded: Encoded) -> tuple[Key, ...]:
         if type(part) is list and (key := (part[0], part[1])) not in found:
             found.append(key)
     return tuple(found)
+
+
+def any_shared(values: Iterable[Encoded]) -> bool:
+    """May any of them refer to shared memory? The others decode without a reader."""
+    return any(type(one) is list and (type(one[1]) is list or one[0] == PICKLE_OOB) for one in values)
