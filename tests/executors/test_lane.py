@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from stageflow.core.errors import DefinitionError, LaneClosedError
+from stageflow.core.executor import Call, Outcome, Shipped
+from stageflow_executors.processes import status
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.supply import WorkerSupply
 
@@ -67,6 +70,30 @@ asyncio.run(main())
     ).split()
     assert "stageflow.core.executor" in modules
     assert not FORBIDDEN & set(modules)
+
+
+def says_much(port: Any, times: int) -> int:
+    for number in range(times):
+        port.note("said", number)
+    return times
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+async def test_frames_that_arrive_together_are_all_heard(start_method: str) -> None:
+    async with ProcessExecutor(1, start_method=start_method) as lane:
+        assert await lane.submit(abs, -1) == 1  # it is up
+        said: list[int] = []
+        lane.on_note = lambda _call, _kind, number: said.append(number)
+        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        lane.start(Call(7, Shipped(says_much), (50,)), ended.set_result)
+        (worker,) = lane.supply.workers.values()
+        deadline = time.monotonic() + 30
+        # The loop does not turn before the worker has said everything and waits for more.
+        while worker.page.words[status.LAST_DONE] != 7 or psutil.Process(worker.pid).status() != "sleeping":
+            assert time.monotonic() < deadline
+        outcome = await asyncio.wait_for(ended, 10)
+        assert outcome.value.load() == 50
+        assert said == list(range(50))
 
 
 def test_importing_the_package_is_light(tmp_path: Path) -> None:

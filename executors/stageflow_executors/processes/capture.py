@@ -34,8 +34,7 @@ def _send(kind: str, size: int, data: dict[str, Any]) -> None:
     worker = _worker
     if worker is None or not worker.own[0]:
         return
-    current = worker.current
-    call_id = current.call_id if current is not None else 0
+    call_id = worker.call_id
     if call_id != _spent_by:
         _spent_by, _spent = call_id, 0
     before, _spent = _spent, _spent + size
@@ -198,9 +197,10 @@ def _take_streams() -> None:
 
 def flush_streams() -> None:
     """The end of a call ends its last line."""
-    for stream in _streams:
-        if stream._rest:
-            stream.finish()
+    out, err = _streams
+    if out._rest or err._rest:
+        out.finish()
+        err.finish()
 
 
 def restore_process() -> None:

@@ -16,7 +16,7 @@ import array
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -30,6 +30,7 @@ MSG_DONTWAIT: Final = int(getattr(socket, "MSG_DONTWAIT", 0))
 MSG_CMSG_CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _WAIT: Final = MSG_CMSG_CLOEXEC
 _DONT_WAIT: Final = MSG_CMSG_CLOEXEC | MSG_DONTWAIT
+_NO_FDS: Final[list[int]] = []  # of the frames that carry none: nobody adds to it
 _PREFIX: Final = struct.Struct("=IH")  # length, number of descriptors
 
 # parent -> worker
@@ -37,13 +38,12 @@ TASK, SHIP, MAIN, SEGMENTS, FREE, FORGET, BYE, BIG = range(8)
 # worker -> parent
 READY, DONE, PART, FAILED, NOTE, RELEASED, RETURNED = range(16, 23)
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder().decode
 
-
-def encode_message(message: Sequence[Any]) -> bytes:
-    """One message as bytes. Raises what msgspec raises on values that are not msgpack-able."""
-    return _encode(message)
+#: one message, or a frame of several, as bytes; raises what msgspec raises on values that are not msgpack-able
+encode_message: Final = msgspec.msgpack.Encoder().encode
+#: the messages of a frame, or the parts of a message
+decode_frame: Final[Callable[[Any], list[Any]]] = msgspec.msgpack.Decoder(list[Any]).decode
+decode_message: Final = decode_frame
 
 
 def join(messages: Sequence[bytes]) -> bytes:
@@ -52,18 +52,6 @@ def join(messages: Sequence[bytes]) -> bytes:
     if count < 16:
         return bytes((0x90 | count,)) + b"".join(messages)
     return b"\xdc" + count.to_bytes(2, "big") + b"".join(messages)
-
-
-def decode_frame(frame: Any) -> list[Any]:
-    """The messages of a frame."""
-    found: list[Any] = _decode(frame)
-    return found
-
-
-def decode_message(data: Any) -> list[Any]:
-    """One message."""
-    found: list[Any] = _decode(data)
-    return found
 
 
 class Closed(Exception):
@@ -75,6 +63,7 @@ class SeqChannel:
 
     __slots__ = ("_buffer", "_buffers", "_view", "sock")
     can_take_back: Final = True
+    tells_of_all: Final = True  #: the descriptor is readable as long as there is a frame
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -111,7 +100,7 @@ class SeqChannel:
         if not size:
             raise Closed("end of file")
         if not ancillary:
-            return self._view[:size], []
+            return self._view[:size], _NO_FDS
         return self._view[:size], unpack_fds(ancillary)
 
     def close(self) -> None:
@@ -124,6 +113,7 @@ class StreamChannel:
 
     __slots__ = ("_data", "_fds", "_pending", "_read", "sock")
     can_take_back: Final = False
+    tells_of_all: Final = False  #: frames may have been read together with the one before
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock

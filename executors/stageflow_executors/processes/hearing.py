@@ -30,16 +30,16 @@ class Hearing(Lending):
 
     def _readable(self, lent: Lent) -> None:
         channel = lent.handle.channel
+        turns = 16
         try:
-            for _ in range(16):
-                received = channel.receive()
-                if received is None:
-                    break
+            while (received := channel.receive()) is not None:
                 sent = lent.next_frame
                 self._hearing = lent
                 self._frame(lent, *received)
-                if not lent.tasks or next(iter(lent.tasks.values())).frame >= sent:
-                    break  # nothing more is due yet; a stray note wakes us again
+                turns -= 1
+                due = lent.tasks and next(iter(lent.tasks.values())).frame < sent
+                if channel.tells_of_all and not (due and turns):
+                    break  # what comes, or is there, wakes us again
         except ch.Closed:
             if self._loop is not None and channel.fileno() >= 0:
                 self._loop.remove_reader(channel.fileno())

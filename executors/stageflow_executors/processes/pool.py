@@ -82,7 +82,7 @@ class ProcessExecutor(Hearing):
 
     def start(self, call: Call, deliver: Deliver) -> None:
         """Run `call`; `deliver` hears of it later, on this loop."""
-        task = Task(call, deliver)
+        task = Task(call, deliver, call.short and not call.alone, call.alone)
         loop = self._loop
         if loop is None or self._closed:
             raise LaneClosedError("the process lane is not open", hint="use it inside `async with`")

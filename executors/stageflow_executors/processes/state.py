@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
+
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
@@ -20,27 +22,21 @@ from stageflow_executors.shm import codec
 from stageflow_executors.shm.lease import ValueReader
 
 
-class Task:
+class Task(msgspec.Struct, eq=False):
     """One call from `start` to its final outcome."""
 
-    __slots__ = (
-        "alone", "args", "boarded", "bytes_in", "call", "cancelled", "data", "deliver", "forced", "frame",
-        "payloads", "short", "size", "worker",
-    )  # fmt: skip
-
-    def __init__(self, call: Call, deliver: Deliver) -> None:
-        self.call = call
-        self.deliver = deliver
-        self.short = call.short and not call.alone
-        self.alone = call.alone
-        self.payloads: list[ProcessPayload] = []
-        self.data = b""  # the encoded message
-        self.bytes_in = 0
-        self.boarded = 0  # workers that died with it aboard
-        self.worker: Lent | None = None
-        self.frame = 0
-        self.cancelled: str | None = None
-        self.forced = False
+    call: Call
+    deliver: Deliver
+    short: bool
+    alone: bool
+    payloads: list[ProcessPayload] = []
+    data: bytes = b""  # the encoded message
+    bytes_in: int = 0
+    boarded: int = 0  # workers that died with it aboard
+    worker: Lent | None = None
+    frame: int = 0
+    cancelled: str | None = None
+    forced: bool = False
 
 
 class Lent:

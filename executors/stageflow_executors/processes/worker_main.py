@@ -30,7 +30,7 @@ from stageflow.core.failure import capture
 from stageflow_executors.processes import capture as capturing
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
-from stageflow_executors.processes.port import ProcessPort
+from stageflow_executors.processes.port import Plain, ProcessPort
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm import codec, fidelity
 from stageflow_executors.shm.arena import Arena, Segment
@@ -40,6 +40,8 @@ _FLUSH_AFTER_NS: Final = 1_000_000
 _QUICK_NS: Final = 50_000  #: a function that took less is not worth the system calls that the clock of CPU time costs
 _LOOK_EVERY: Final = 63  #: after how many (a mask) of those the clock is read all the same, so that it is never far off
 _MADV_WIPEONFORK: Final = 18
+_WORDS: Final = frozenset((type(None), bool, float))
+_I64: Final = 1 << 63
 _encode_error = msgspec.msgpack.Encoder().encode
 
 
@@ -151,14 +153,18 @@ class Worker:
         self.out_since = 0
         self._flusher: threading.Thread | None = None
         self._flush_wanted = threading.Event()
-        self.current: ProcessPort | None = None
+        self.call_id = 0  # of the call that runs
+        self._words = page.words
+        self._plain: dict[int, Callable[..., Any]] = {}  # of `functions`, those that ask nothing of the port
+        self._cancels = 0  # requests seen, and whom the latest ones name
+        self._unwanted: frozenset[int] = frozenset()
         self._quick: set[int] = set()  # functions that took next to no time when last called
         self._calls = 0
         self._cpu_seen = 0  # this thread's CPU time when last looked at
 
     # ------------------------------------------------------------ sending
 
-    def post(self, message: list[Any], *, now: bool = True) -> None:
+    def post(self, message: Sequence[Any], *, now: bool = True) -> None:
         """Put a message in order behind the others; `now` sends everything at once. Any thread."""
         if now and not (self.out or self.released or self.memory.fresh or self.memory.arena.closed):
             frame = ch.encode_message((message,))
@@ -327,18 +333,17 @@ class Worker:
     def _ship(self, message: list[Any]) -> None:
         _, key, data = message
         try:
-            self.functions[key] = pickle.loads(data)
+            function = self.functions[key] = pickle.loads(data)
         except BaseException as error:
             self.functions[key] = error
+            return
+        if type(function) is Plain:
+            self._plain[key] = function.function
 
     # ------------------------------------------------------------ one call
 
-    def _decode_args(self, encoded: list[Any], writable: bool) -> tuple[Any, ...]:
-        for value in encoded:
-            if type(value) is list:
-                break
-        else:
-            return tuple(encoded)  # exact scalars
+    def _decode_args(self, encoded: list[Any], writable: bool) -> Sequence[Any]:
+        """Values of which some refer to shared memory. Their leases end with what is made from them."""
         args = []
         readers: list[tuple[ValueReader, tuple[codec.Key, ...]]] = []
         taken = 0
@@ -356,67 +361,102 @@ class Worker:
                 self.released.extend(codec.blocks_of(value))
             for reader, keys in readers:
                 reader.finish(keys)
-        return tuple(args)
+        return args
 
     def _run_call(self, message: list[Any], *, last: bool) -> None:
         _, call_id, key, flags, encoded = message
-        if self._lacks(call_id, key, encoded):
+        coded = list in map(type, encoded)  # else all are exact scalars
+        shared = coded and codec.any_shared(encoded)
+        if (shared or key not in self.functions) and self._lacks(call_id, key, encoded):
             return
-        page = self.page
-        words = page.words
-        words[status.PHASE] = status.DECODE
+        words = self._words
         words[status.TASK] = call_id
-        port = ProcessPort(self, call_id)
-        self.current = port
+        words[status.PHASE] = status.DECODE
+        self.call_id = call_id
         started = now = time.monotonic_ns()
         clocked = key not in self._quick
+        port = None
         cpu = 0
-        end = [ch.DONE, call_id, None]
-        if page.words[status.CANCEL_SEQ] and page.cancel_slot(call_id) is not None:
-            for value in encoded:
-                self.released.extend(codec.blocks_of(value))
-            end = [ch.FAILED, call_id, int(OutcomeKind.CANCELLED), None]
-        else:
-            try:
-                function = self.functions.get(key)
-                if function is None or isinstance(function, BaseException):
-                    encoded, unread = (), encoded
-                    for value in unread:
-                        self.released.extend(codec.blocks_of(value))
-                    raise self._not_loaded(function)
+        end: list[Any] | tuple[Any, ...]
+        try:
+            if words[status.CANCEL_SEQ] != self._cancels:
+                self._look_for_cancels()
+            function: Any = self._plain.get(key)
+            if function is None or call_id in self._unwanted:
+                function = self._wanted(call_id, key, encoded)
+                port = ProcessPort(self, call_id)
+            if shared:
                 args = self._decode_args(encoded, bool(flags & 1))
-                encoded = None
-                page.doubles[status.DONE] = page.doubles[status.TOTAL] = 0.0
-                if clocked:
-                    self._cpu_seen = time.thread_time_ns()
-                started = now = time.monotonic_ns()
-                words[status.STARTED_NS] = started
-                words[status.PHASE] = status.RUN
-                try:
+            elif coded:
+                writable = bool(flags & 1)
+                args = [value if type(value) is not list else codec.decode(value, None, writable) for value in encoded]
+            else:
+                args = encoded
+            del message, encoded  # what is decoded is not held beside what it was made from
+            if clocked:
+                self._cpu_seen = time.thread_time_ns()
+            words[status.STARTED_NS] = started = now = time.monotonic_ns()
+            words[status.PHASE] = status.RUN
+            try:
+                if port is not None:
                     value = function(port, *args)
-                    if type(value) is types.GeneratorType:
-                        value = self._drive(value, call_id)
-                finally:
-                    now = time.monotonic_ns()
-                    cpu = self._cpu_time(key, now - started, clocked)
-                    args = ()
+                else:
+                    value = function(*args[1:], **args[0]) if args[0] else function(*args[1:])
+                if type(value) is types.GeneratorType:
+                    value = self._drive(value, call_id)
+            finally:
+                now = time.monotonic_ns()
+                cpu = self._cpu_time(key, now - started, clocked)
+                args = ()
+            kind = type(value)
+            if kind in _WORDS or (kind is int and -_I64 <= value < _I64):
+                end = (ch.DONE, call_id, value, None, True, 8, started, now - started, cpu)
+            else:
                 words[status.PHASE] = status.ENCODE
-                end = self._result(ch.DONE, call_id, value)
-                value = None
-            except BaseException as error:
-                end = self._failure(call_id, error)
+                end = [*self._result(ch.DONE, call_id, value), started, now - started, cpu]
+            value = None
+        except BaseException as error:
+            end = [*self._failure(call_id, error), started, now - started, cpu]
+        self._report(call_id, port, end, last)
+
+    def _look_for_cancels(self) -> None:
+        words = self._words
+        self._cancels = words[status.CANCEL_SEQ]
+        self._unwanted = frozenset(words[status.CANCEL_SLOTS : status.CANCEL_SLOTS + status.SLOTS])
+
+    def _wanted(self, call_id: int, key: int, encoded: list[Any]) -> Callable[..., Any]:
+        """The function of a call that is to run; else what it refers to is released, and why it does not is raised."""
+        function = self.functions.get(key)
+        problem: BaseException | None = None
+        if call_id in self._unwanted:
+            problem = _Cancelled()
+        elif function is None:
+            problem = StageflowError("the function did not arrive in the worker")
+        elif isinstance(function, BaseException):
+            problem = function
+        else:
+            return function
+        for value in encoded:
+            self.released.extend(codec.blocks_of(value))
+        raise problem
+
+    def _report(self, call_id: int, port: ProcessPort | None, end: Sequence[Any], last: bool) -> None:
+        """Tell how the call ended, and leave the process as it was before."""
         if not self.own[0]:
             os._exit(0)  # a process the stage forked came back from its function: it is not a worker
         capturing.flush_streams()
-        port.close()
-        self.current = None
-        end += (started, now - started, cpu)
+        self.call_id = 0
+        words = self._words
         words[status.LAST_DONE] = call_id
         words[status.PHASE] = status.IDLE
+        if port is not None:
+            port.close()
+            doubles = self.page.doubles
+            doubles[status.DONE] = doubles[status.TOTAL] = 0.0
         try:
             self.post(end, now=last)
         except (TypeError, ValueError, OverflowError, SharedMemoryFullError) as error:
-            self.post([*self._failure(call_id, error, OutcomeKind.REFUSED), started, now - started, cpu], now=last)
+            self.post([*self._failure(call_id, error, OutcomeKind.REFUSED), *end[-3:]], now=last)
         capturing.restore_process()  # behind the report: the next call is read after it
 
     def _cpu_time(self, key: int, took: int, clocked: bool) -> int:
@@ -432,12 +472,6 @@ class Worker:
         else:
             self._quick.discard(key)
         return min(took, self._cpu_seen - before)
-
-    @staticmethod
-    def _not_loaded(problem: BaseException | None) -> BaseException:
-        if problem is None:
-            return StageflowError("the function did not arrive in the worker")
-        return problem
 
     def _drive(self, parts: types.GeneratorType[Any, Any, Any], call_id: int) -> Any:
         """Send each yielded part; the generator's own value ends the call."""
@@ -485,6 +519,8 @@ class Worker:
                 mapping.close()
 
     def _failure(self, call_id: int, error: BaseException, kind: OutcomeKind = OutcomeKind.ERROR) -> list[Any]:
+        if isinstance(error, _Cancelled):
+            return [ch.FAILED, call_id, int(OutcomeKind.CANCELLED), None]
         if isinstance(error, _Refused):
             kind, error = OutcomeKind.REFUSED, error.why
         try:
@@ -497,6 +533,10 @@ class Worker:
         finally:
             error.__traceback__ = None
         return [ch.FAILED, call_id, int(kind), data]
+
+
+class _Cancelled(Exception):
+    """The call was cancelled before it began."""
 
 
 class _Refused(Exception):
