@@ -5,9 +5,11 @@ frame over the same kind of socket with the same loop. CPU time is steadier than
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import operator
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import uvloop
 
 from benchmarks.measures.executors import process_chain
 from stageflow import Engine
+from stageflow_executors.futures import ProcessPoolExecutor
 from stageflow_executors.processes.pool import ProcessExecutor
 
 TRIPS = 500
@@ -115,9 +118,42 @@ def least(rounds: list[tuple[float, float, float]]) -> tuple[float, float, float
     return min(parent), min(worker), min(wall)
 
 
+def to_a_thread_and_back() -> tuple[float, float, float]:
+    """What remains of a drop-in call without its worker: a thread's loop is woken, and resolves the future that this
+    thread waits for."""
+    loop = uvloop.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    found = []
+    for _ in range(ROUNDS):
+        here, clock = time.process_time(), time.perf_counter()
+        for _ in range(TRIPS):
+            future: concurrent.futures.Future[None] = concurrent.futures.Future()
+            loop.call_soon_threadsafe(future.set_result, None)
+            future.result()
+        found.append(((time.process_time() - here) / TRIPS, 0.0, (time.perf_counter() - clock) / TRIPS))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    return least(found)
+
+
+def pool_trips(pool: concurrent.futures.Executor, function: Any, value: Any) -> tuple[float, float, float]:
+    """The same of calls through a pool of `concurrent.futures`."""
+    pool.submit(function, value).result()
+    found = []
+    for _ in range(ROUNDS):
+        there, here, clock = pool.submit(cpu, None).result(), time.process_time(), time.perf_counter()
+        for _ in range(TRIPS):
+            pool.submit(function, value).result()
+        clock, here = time.perf_counter() - clock, time.process_time() - here
+        found.append((here / TRIPS, (pool.submit(cpu, None).result() - there) / TRIPS, clock / TRIPS))
+    return least(found)
+
+
 async def main() -> None:
     """Print the table."""
-    rows = [("bare bounce, no codec", await bounce())]
+    rows = [("bare bounce, no codec", await bounce()), ("to a thread and back, no worker", to_a_thread_and_back())]
     async with ProcessExecutor(1) as lane:
         for name, function, value in (
             ("no-op on an int (L1)", operator.abs, 1),
@@ -127,6 +163,10 @@ async def main() -> None:
         ):
             rows.append((name, await lane_trips(lane, function, value)))
     rows.append(("a stage of a chain, whole engine (L2)", await stages()))
+    for name, kind in (("ours", ProcessPoolExecutor), ("the standard's", concurrent.futures.ProcessPoolExecutor)):
+        with kind(1) as pool:
+            rows.append((f"drop-in, an int, {name}", pool_trips(pool, operator.abs, 1)))
+            rows.append((f"drop-in, 1 KB array, {name}", pool_trips(pool, operator.neg, numpy.arange(128.0))))
     for name, (parent, worker, wall) in rows:
         print(f"| {name} | {parent * 1e6:.1f} | {worker * 1e6:.1f} | {wall * 1e6:.1f} |")
 
