@@ -105,6 +105,13 @@ def measure() -> dict[str, Any]:
             numpy.copyto(target, array)
             return time.perf_counter() - start
 
+        def encoding() -> float:
+            start = time.perf_counter()
+            shared = lane.encode(array)
+            took = time.perf_counter() - start
+            shared.release()
+            return took
+
         for one in (round_trip, fan_out, chain):
             for _ in range(3):
                 runner.run(one())
@@ -112,6 +119,7 @@ def measure() -> dict[str, Any]:
         found["P1"] = interleave(lambda: runner.run(round_trip()), peer_round_trip)
         found["P2"] = interleave(lambda: runner.run(fan_out()), peer_fan_out)
         found["P2 copies"] = interleave(lambda: runner.run(fan_out()), warm_copy)
+        found["encoding"] = interleave(encoding, warm_copy, 9)
         found["P3"] = interleave(lambda: runner.run(chain()), peer_chain)
         runner.run(lane.aclose())
     return found
@@ -122,4 +130,5 @@ if __name__ == "__main__":
     show("P1 100 MB in and out", "<= 0.083", result["P1"])
     show("P2 100 MB to 8 calls", "", result["P2"])
     show("P2 in copies of 100 MB", "<= 1.3", result["P2 copies"])
+    show("its encoding alone, in copies", "", result["encoding"])
     show("P3 chain of 3, in place", "", result["P3"])
