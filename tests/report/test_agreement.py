@@ -32,12 +32,22 @@ ITEMS = 120
 
 
 def numbers() -> Any:
-    yield from range(ITEMS)
+    yield from range(ITEMS + 9)
 
 
-def spread(numbers: int) -> Any:
-    for place in range(numbers % 3):
-        yield numbers * 10 + place
+def lift(numbers: int) -> Any:
+    if numbers == ITEMS:
+        raise OverflowError("one too many")
+    return DROP if numbers > ITEMS else numbers + 1
+
+
+def tidy(lift: int) -> int:
+    return lift - 1
+
+
+def spread(tidy: int) -> Any:
+    for place in range(tidy % 3):
+        yield tidy * 10 + place
 
 
 def _first_time(folder: str, name: str) -> bool:
@@ -78,7 +88,9 @@ def graph(lane: Any) -> StageGraph:
     return (
         PipelineBuilder("agreement")
         .stage("numbers", numbers)
-        .map("spread", spread, "numbers", executor=lane)
+        .map("lift", lift, "numbers", executor=lane)  # one region with the next in the process lane
+        .map("tidy", tidy, "lift", executor=lane)
+        .map("spread", spread, "tidy", executor=lane)
         .map("sift", sift, "spread", executor=lane, retry=retry)
         .reduce("total", add, "sift", initial=0, combine=lambda a, b: a + b, executor="thread")
         .stage("flaky", flaky, executor=lane, retry=retry)
@@ -140,12 +152,19 @@ def counts(stats: Any) -> tuple[int, ...]:
     return tuple(getattr(stats, name) for name in _COUNTS)
 
 
+def test_two_maps_of_the_process_lane_are_one_region() -> None:
+    made = graph("process")
+    assert any("lift" in note and "tidy" in note for row in made.plan().stages for note in row.notes)
+
+
 def test_the_run_was_what_it_should_be(seen: Seen) -> None:
     stats = seen.result.stats
     elements = [n * 10 + place for n in range(ITEMS) for place in range(n % 3)]
     failed = [one for one in elements if one % 110 == 0]
     dropped = [one for one in elements if one % 50 == 0 and one % 110]
     flawed = [one for one in elements if one % 70 == 0]
+    assert (stats["lift"].items_in, stats["lift"].dropped, stats["lift"].failed) == (ITEMS + 9, 8, 1)
+    assert stats["lift"].items_out == stats["tidy"].items_in == stats["tidy"].items_out == ITEMS
     assert stats["spread"].emitted == stats["sift"].items_in == len(elements)
     assert (stats["sift"].failed, stats["sift"].dropped) == (len(failed), len(dropped))
     assert stats["sift"].retried >= len(flawed)
@@ -225,7 +244,7 @@ def test_saved_failures_and_the_trace_agree(seen: Seen) -> None:
     saved = find_failed(seen.folder / "failed")
     assert len(saved) == sum(one.failed for one in seen.result.stats.values())
     slices = json.loads((seen.folder / "trace.json").read_text())
-    for name in ("spread", "sift"):
+    for name in ("lift", "tidy", "spread", "sift"):
         stats = seen.result.stats[name]
         blocks = [one["args"] for one in slices if one["ph"] in "Xb" and one.get("cat") == name]
         assert sum(args.get("ok", 0) for args in blocks) == stats.items_out
