@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -26,23 +27,33 @@ from stageflow.context.items import (
     mask_to_wire,
     weight,
 )
+from stageflow.context.tracing import Traced
 from stageflow.core.executor import Reply
 
 if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
 
 PART_BYTES = 256 << 10
+_NO_SCOPE: Final[AbstractContextManager[None]] = nullcontext()
 
 
 class RegionProgram:
-    """The stages of a region in order. The first may have parameters of any kind; the others take the element only."""
+    """The stages of a region in order. The first may have parameters of any kind; the others take the element only.
 
-    __slots__ = ("members", "name", "plan")
+    `traced` runs each of them inside the trace context of its stage.
+    """
 
-    def __init__(self, members: Sequence[ItemProgram]) -> None:
+    __slots__ = ("members", "name", "plan", "tracers")
+
+    def __init__(self, members: Sequence[ItemProgram], *, traced: bool = False) -> None:
         self.members = tuple(members)
+        self.tracers = tuple(Traced(member, streaming=True) for member in members) if traced else ()
         self.name = " + ".join(member.name for member in members)
         self.plan = members[0].plan
+
+    def scope(self, number: int, port: WorkerPort, header: Header) -> AbstractContextManager[None]:
+        """The trace context of one of the stages; of none where nobody traces."""
+        return self.tracers[number].scope(port, header) if self.tracers else _NO_SCOPE
 
     def __call__(
         self, port: WorkerPort, header: Header, snapshot: Any, pieces: tuple[Any, ...], *args: Any
@@ -121,12 +132,13 @@ class _RegionPart:
         head = self.region.members[0]
         started, cpu = time.perf_counter(), time.thread_time()
         part = _Part(head, self.piece, position)
-        if head._is_simple(len(columns)):
-            reached = part.run_simple(head.target(), columns[0], self.indices, position, stop, header)
-        else:
-            reached = part.run_each(
-                port, header, snapshot, commons, columns, self.indices, position, stop, begun
-            )  # fmt: skip
+        with self.region.scope(0, port, header):
+            if head._is_simple(len(columns)):
+                reached = part.run_simple(head.target(), columns[0], self.indices, position, stop, header)
+            else:
+                reached = part.run_each(
+                    port, header, snapshot, commons, columns, self.indices, position, stop, begun
+                )  # fmt: skip
         survivors: Sequence[int] = self.indices[position:reached] if part.whole else part.survivors
         started, cpu = self._book(0, part, reached - position, len(survivors), started, cpu)
         values = part.values
@@ -136,11 +148,12 @@ class _RegionPart:
             piece = self._between(survivors)
             part = _Part(program, piece, 0)
             count, at = len(survivors), 0
-            if program._is_simple(1):
-                part.run_simple(program.target(), values, survivors, 0, count, header)
-            else:
-                while at < count:
-                    at = part.run_each(port, header, snapshot, (), [values], survivors, at, count, begun)
+            with self.region.scope(number, port, header):
+                if program._is_simple(1):
+                    part.run_simple(program.target(), values, survivors, 0, count, header)
+                else:
+                    while at < count:
+                        at = part.run_each(port, header, snapshot, (), [values], survivors, at, count, begun)
             left: Sequence[int] = survivors if part.whole else part.survivors
             started, cpu = self._book(number, part, count, len(left), started, cpu)
             survivors, values = left, part.values

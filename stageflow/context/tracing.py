@@ -104,7 +104,11 @@ def current_traceparent() -> str | None:
 
 
 def attempt_scope(
-    port: WorkerPort | None, extras: Mapping[str, Any] | None, item: tuple[int, ...] | None = None
+    port: WorkerPort | None,
+    extras: Mapping[str, Any] | None,
+    item: tuple[int, ...] | None = None,
+    *,
+    stage: str = "",
 ) -> AbstractContextManager[None]:
     """Make the trace context in `extras` the current one; afterwards send what was recorded here to the parent.
 
@@ -113,7 +117,7 @@ def attempt_scope(
     """
     text = extras.get(TRACEPARENT) if extras else None
     parsed = parse_traceparent(text)
-    return _NO_SCOPE if parsed is None else _Scope(port, text or "", parsed, item)
+    return _NO_SCOPE if parsed is None else _Scope(port, text or "", parsed, item, stage)
 
 
 _NO_SCOPE: Final[AbstractContextManager[None]] = nullcontext()
@@ -122,11 +126,12 @@ _NO_SCOPE: Final[AbstractContextManager[None]] = nullcontext()
 class _Scope:
     """The trace context of one attempt. A class, since blocks of tiny items enter one for every few of them."""
 
-    __slots__ = ("_collector", "_item", "_parsed", "_port", "_text", "_token")
+    __slots__ = ("_collector", "_item", "_parsed", "_port", "_stage", "_text", "_token")
 
     def __init__(
-        self, port: WorkerPort | None, text: str, parsed: tuple[str, str, int], item: tuple[int, ...] | None
+        self, port: WorkerPort | None, text: str, parsed: tuple[str, str, int], item: tuple[int, ...] | None, stage: str
     ) -> None:
+        self._stage = stage
         self._port = port
         self._text = text
         self._parsed = parsed
@@ -151,6 +156,9 @@ class _Scope:
             return
         spans, dropped = collector.take(self._parsed[0])
         if spans or dropped:
+            if self._stage:
+                for span in spans:  # a call may be of several stages
+                    span["attributes"].setdefault("stage.name", self._stage)
             told: dict[str, Any] = {"type": SPANS_RECORDED, "data": {"spans": spans, "dropped": dropped}}
             if self._item is not None:
                 told["item"] = list(self._item)
@@ -163,9 +171,10 @@ class Traced:
     `streaming` programs (map, sink, reduce) run blocks of items: what they record belongs to the stage's span.
     """
 
-    __slots__ = ("_known", "program", "streaming")
+    __slots__ = ("_gives_parts", "_known", "program", "streaming")
 
     def __init__(self, program: Program, *, streaming: bool) -> None:
+        self._gives_parts = inspect.isgeneratorfunction(type(program).__call__)
         self._known: tuple[Any, dict[str, str]] | None = None  # the context of the last run
         self.program = program
         self.streaming = streaming
@@ -185,20 +194,24 @@ class Traced:
             known = self._known = (key, {TRACEPARENT: text})
         return known[1]
 
+    def scope(self, port: WorkerPort, header: Header) -> AbstractContextManager[None]:
+        """The trace context of an attempt, or of the stage for a block; spans recorded in it bear the stage's name."""
+        return attempt_scope(port, self._extras(header), header.item, stage=self.program.name)
+
     def __call__(self, port: WorkerPort, header: Header, *args: Any) -> Any:
         """As the program's own call."""
-        if inspect.isgeneratorfunction(type(self.program).__call__):
+        if self._gives_parts:
             return self._parts(port, header, *args)
-        with attempt_scope(port, self._extras(header), header.item):
+        with self.scope(port, header):
             return self.program(port, header, *args)
 
     def _parts(self, port: WorkerPort, header: Header, *args: Any) -> Generator[Any, None, Any]:
-        with attempt_scope(port, self._extras(header), header.item):
+        with self.scope(port, header):
             return (yield from self.program(port, header, *args))
 
     async def run_async(self, port: WorkerPort, header: Header, *args: Any) -> Any:
         """As the program's own."""
-        with attempt_scope(port, self._extras(header), header.item):
+        with self.scope(port, header):
             return await self.program.run_async(port, header, *args)
 
 

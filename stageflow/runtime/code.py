@@ -55,13 +55,15 @@ class StageCode:
     def fused(self, rest: Sequence[StageCode], modules: tuple[str, ...]) -> StageCode:
         """This stage and those that run back to back with it, as one that is called like this one."""
         made: StageCode = object.__new__(StageCode)
-        program = RegionProgram([one.program for one in (self, *rest)])  # type: ignore[misc]
+        members: list[Any] = [one.program for one in (self, *rest)]
+        program = RegionProgram(members)
+        traced = Shipped(RegionProgram(members, traced=True), label=program.name, modules=modules)
         made.program = self.program
         made.sources = self.sources
         made.passes_snapshot = any(one.passes_snapshot for one in (self, *rest))
         made.shipped = made.shipped_async = Shipped(program, label=program.name, modules=modules)
         made._modules = modules
-        made._traced = None
+        made._traced = traced, traced
         return made
 
     def call(self, lane: str, trace: str | None) -> Shipped:

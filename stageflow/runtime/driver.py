@@ -216,12 +216,7 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
             job.header = None  # each attempt is told its trace
-        self.signal(
-            # spans are told stage by stage, so a run that is traced is not fused
-            sig.RunSubmitted(
-                job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth, job.trace is None
-            )
-        )  # fmt: skip
+        self.signal(sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth))
         if job.token is not None:
             self._follow(job, job.token)
         return job

@@ -66,7 +66,6 @@ class Run:
         "failed_items",
         "feedback",
         "first_start",
-        "fuse",
         "grace_timer",
         "guards",
         "id",
@@ -102,7 +101,6 @@ class Run:
         self.run_id = signal.run_id
         self.layout = layout
         self.mode = signal.mode
-        self.fuse = signal.fuse
         self.listening = signal.listening
         self.seq = seq
         self.started_at = now

@@ -24,7 +24,7 @@ class RegionRules:
 
     def _region_of(self: Machine, run: Run, task: Task, segments: list[Segment], now: float) -> tuple[int, ...] | None:
         """The stages to take a block through; None to run it in its own stage alone."""
-        region = run.layout.regions.get(task.stage) if run.fuse and run.layout.regions else None
+        region = run.layout.regions.get(task.stage) if run.layout.regions else None
         if region is None:
             return None
         for segment in segments:
@@ -39,7 +39,7 @@ class RegionRules:
 
     def _outlet(self: Machine, run: Run, stream: Stream) -> Stream:
         """The stream that the results of a stage's blocks go to: of a region, its last stage's."""
-        region = run.layout.regions.get(stream.stage) if run.layout.regions and run.fuse else None
+        region = run.layout.regions.get(stream.stage) if run.layout.regions else None
         return stream if region is None else run.streams[region[-1]]
 
     def _take_region(

@@ -27,7 +27,6 @@ class RunSubmitted(Signal):
     deadline: float | None = None
     listening: bool = False
     depth: int = 0
-    fuse: bool = True
 
 
 class AttemptEnded(Signal):

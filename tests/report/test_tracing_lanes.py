@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from stageflow import Engine, PipelineBuilder
+from stageflow.events.sinks import CollectingSink
 from stageflow.observability.otel import OtelSink
 
 
@@ -57,6 +58,40 @@ def test_user_spans_are_children_of_their_attempt(lane: str) -> None:
         items = [span for span in spans if span.name == "item"]
         assert sorted(span.attributes["n"] for span in items) == [0, 1, 2]
         assert {by_id[span.parent.span_id].name for span in items} == {"stage each"}
+    provider.shutdown()
+
+
+def again(each: int) -> int:
+    with trace.get_tracer("mine").start_as_current_span("once more", attributes={"n": each}):
+        return each
+
+
+def test_spans_of_stages_that_share_a_worker_are_children_of_their_own_stage() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    graph = (
+        PipelineBuilder("region")
+        .stage("numbers", numbers)
+        .map("each", each, "numbers", executor="process")
+        .map("again", again, "each", executor="process")
+        .build()
+    )
+    assert any("each -> again" in note for note in graph.plan().stage("each").notes)
+    events = CollectingSink()
+    with Engine(processes=1) as engine:
+        assert engine.run(graph, event_sinks=[OtelSink(provider), events]).success
+    spans = exporter.get_finished_spans()
+    by_id = {span.context.span_id: span for span in spans}
+    for name, stage in (("item", "each"), ("once more", "again")):
+        mine = [span for span in spans if span.name == name]
+        assert sorted(span.attributes["n"] for span in mine) == [0, 1, 2]
+        assert {by_id[span.parent.span_id].name for span in mine} == {f"stage {stage}"}
+        assert {span.attributes["stage.name"] for span in mine} == {stage}
+    # the region is still one while somebody traces: a call brings blocks of both, which share its start
+    blocks = events.of_type("stage.items")
+    first = {stage: min(e.data["started"] for e in blocks if e.stage == stage) for stage in ("each", "again")}
+    assert first["each"] == first["again"]
     provider.shutdown()
 
 
