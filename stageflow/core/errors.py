@@ -213,8 +213,7 @@ class WorkerDiedError(ResourceError):
     """A worker process was lost while it ran the attempt.
 
     Fields: `worker_pid`, `signal` (int or None), `exit_code` (int or None), `oom_killed` (True when the kernel's
-    out-of-memory
-    counter moved), `rss_bytes` (last seen), `stderr_tail`.
+    out-of-memory counter moved, or the engine ended it before memory ran out), `rss_bytes` (last seen), `stderr_tail`.
     """
 
     code = "SF-WORKER-DIED"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -279,10 +278,7 @@ class Monitor:
             chosen.pid,
             chosen.over >> 20,
         )
-        try:
-            os.kill(chosen.pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
-        except OSError:
-            pass  # it has just ended by itself
+        self._driver.engine.supply().shed(chosen.pid)
 
     def suspects(self) -> list[Suspect]:
         """The running tasks of the process lane."""

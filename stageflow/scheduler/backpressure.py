@@ -17,8 +17,8 @@ import msgspec
 
 #: of the limit, for what sources have given and nobody has finished; the rest is for outputs of what runs
 SOURCE_SHARE: Final = 0.5
-#: of the limit, for the last stage: the rest is for what cannot be counted (rounding, what a reader decodes)
-LAST_SHARE: Final = 0.9
+#: of the limit, for the last stage: the rest is for what is not counted (rounding, heaps, blocks freed late)
+LAST_SHARE: Final = 0.8
 #: of the limit, above which kept values go to disk
 SPILL_SHARE: Final = 0.5
 #: a source whose items were never seen is asked for so many bytes at most (of the limit: one eighth)

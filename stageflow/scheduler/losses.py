@@ -17,7 +17,7 @@ from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
-from stageflow.scheduler.outcomes import blamed, timeout_info
+from stageflow.scheduler.outcomes import blamed, is_final, measured, timeout_info
 from stageflow.scheduler.ranges import indices_of, no_reason, path_of
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Segment, Stream
@@ -224,14 +224,14 @@ class LossRules:
                 continue
             deaths = segment.deaths + 1
             count = segment.count()
-            if count <= 1 and deaths >= self.poison_limit:
+            if count <= 1 and is_final(signal.error, deaths, self.poison_limit):
                 info = signal.error or ErrorInfo(
                     type="stageflow.core.errors.WorkerDiedError", message="the worker died"
                 )
                 self._used(run, segment.columns, count)
                 stream.failed += count
                 path = path_of(signal, segment)
-                info = msgspec.structs.replace(info, item=path)
+                info = msgspec.structs.replace(measured(info), item=path)
                 self._item_lost(run, stream, info, path, segment.attempt, now)
                 self._emit_block(run, stream, segment, segment.attempt, now)
                 self._empty(run, stream, segment.lo, segment.hi, now)

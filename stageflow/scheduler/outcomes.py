@@ -169,12 +169,13 @@ class OutcomeRules:
 
     def _lost(self: Machine, run: Run, task: Task, signal: sig.AttemptEnded, now: float) -> None:
         """The worker died. Infrastructure spends no attempts; the death of `poison_limit` workers on one task is
-        final."""
+        final, for want of memory that of two."""
         stage = task.stage
         if signal.suspect:
             deaths = run.deaths[stage] = run.deaths.get(stage, 0) + 1
-            if deaths >= self.poison_limit:
-                self._fail_stage(run, stage, signal.error or _unknown(), now, attempt=task.attempt)
+            if is_final(signal.error, deaths, self.poison_limit):
+                error = measured(signal.error or _unknown())
+                self._fail_stage(run, stage, error, now, attempt=task.attempt)
                 return
         self._emit("stage.retrying", run, stage, attempt=task.attempt, data=_retry_data(signal, 0.0, "infrastructure"))
         self._move(run, stage, _S.READY)
@@ -322,6 +323,20 @@ def timeout_info(message: str, *, elapsed: float, limit: float, **where: Any) ->
         limit=limit,
         **where,
     )
+
+
+def is_final(error: ErrorInfo | None, deaths: int, poison_limit: int) -> bool:
+    """Whether a task whose worker has died so often is given up. For want of memory twice is enough: the second time
+    it ran alone."""
+    return deaths >= (min(2, poison_limit) if error is not None and error.oom_killed else poison_limit)
+
+
+def measured(error: ErrorInfo) -> ErrorInfo:
+    """The failure of a task that was given up, with what it needed if that was memory."""
+    if not error.oom_killed or not error.rss_bytes:
+        return error
+    needed = f"needs more memory than there is: alone in its worker it held {error.rss_bytes:,} bytes; {error.message}"
+    return msgspec.structs.replace(error, message=needed)
 
 
 def blamed(broken: ErrorInfo | None, error: ErrorInfo) -> ErrorInfo:

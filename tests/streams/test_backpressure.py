@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import pytest
@@ -35,12 +36,12 @@ def view(**changes):
 
 
 def test_a_task_waits_for_bytes_and_a_deeper_one_may_use_more():
-    assert admit(view(live=60)) is None
+    assert admit(view(live=55)) is None
     assert admit(view(live=66)) == "bytes"
     assert admit(view(live=66, depth=1.0)) is None
     assert admit(view(live=85, promised=6, depth=1.0)) == "bytes"
     assert admit(view(limit=0, live=10**12)) is None
-    assert [share(d) for d in (0.0, 0.5, 1.0)] == pytest.approx([0.7, 0.8, 0.9])
+    assert [share(d) for d in (0.0, 0.5, 1.0)] == pytest.approx([0.65, 0.725, 0.8])
 
 
 def test_under_memory_pressure_only_what_adds_nothing_starts():
@@ -248,3 +249,60 @@ def test_the_reason_of_a_policy_is_where_the_stage_waited():
         result = engine.run(graph, {"n": 20})
     assert result.success
     assert result.stats["lingering"].wait["full moon"] > 0.0
+
+
+def hoard(folder: str, megabytes: int, seconds: float, meminfo: str, times: int) -> int:
+    """Holds that much, so that memory is short, for that long; a file for each time it was begun."""
+    held = bytearray(b"x" * (megabytes * MIB))
+    names = sorted(os.listdir(folder))
+    with open(os.path.join(folder, f"{len(names)}-{os.getpid()}"), "w"):
+        pass
+    if len(names) < times:
+        with open(meminfo, "w") as file:
+            file.write("MemTotal: 1000 kB\nMemAvailable: 30 kB\n")
+        time.sleep(seconds)
+    return len(held)
+
+
+@pytest.mark.parametrize("short_for", ["once", "ever"])
+def test_a_task_is_ended_for_memory_once_and_the_second_time_fails_with_what_it_needed(
+    short_for, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(monitor, "BETWEEN_KILLS", 0.3)
+    monkeypatch.setattr(monitor, "EVERY", 0.05)
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    meminfo = tmp_path / "proc/meminfo"
+    write(meminfo, "MemTotal: 1000 kB\nMemAvailable: 900 kB\n")
+    graph = PipelineBuilder("m").stage("hoard", hoard, kind="transform").build()
+
+    class Relief(Kept):
+        def emit(self, event):
+            super().emit(event)
+            if event.type == "worker.lost":
+                write(meminfo, "MemTotal: 1000 kB\nMemAvailable: 900 kB\n")
+
+    sink = Relief()
+
+    async def main():
+        async with Engine(processes=1, event_sinks=(sink,)) as engine:
+            engine._state()
+            (watcher, *_) = next(d for d in live_drivers if d.engine is engine).watchers
+            watcher.sources = monitor.Sources(cgroup=str(tmp_path / "no"), proc=str(tmp_path / "proc"))
+            given = {"folder": str(folder), "megabytes": 60, "seconds": 60.0, "meminfo": str(meminfo)}
+            return await engine.execute(graph, {**given, "times": 1 if short_for == "once" else 2})
+
+    result = asyncio.run(main())
+    lost = [event for event in sink.events if event.type == "worker.lost"]
+    assert len(os.listdir(folder)) == 2
+    if short_for == "once":
+        assert result.success, result.error
+        assert len(lost) == 1
+        return
+    assert not result.success
+    assert len(lost) == 2
+    assert result.error_info.oom_killed
+    assert result.error_info.rss_bytes > 60 * MIB
+    assert (
+        f"needs more memory than there is: alone in its worker it held {result.error_info.rss_bytes:,}" in result.error
+    )

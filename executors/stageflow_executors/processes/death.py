@@ -32,7 +32,7 @@ def describe(handle: WorkerHandle, oom_before: int) -> ErrorInfo:
             number = -exit_code
         else:
             code = exit_code
-    oom = number == signal.SIGKILL and not handle.killed and oom_kills() > oom_before
+    oom = handle.shed or (number == signal.SIGKILL and not handle.killed and oom_kills() > oom_before)
     if handle.failed is not None:
         how = handle.failed
     elif number is not None:
@@ -40,7 +40,9 @@ def describe(handle: WorkerHandle, oom_before: int) -> ErrorInfo:
             name = signal.Signals(number).name
         except ValueError:
             name = f"signal {number}"
-        how = f"was killed by {name}" + (", by the kernel for want of memory" if oom else "")
+        how = f"was killed by {name}" + (
+            ", to keep memory from running out" if handle.shed else ", by the kernel for want of memory" if oom else ""
+        )
     elif code is not None:
         how = f"exited with status {code}"
     else:

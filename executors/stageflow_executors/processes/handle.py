@@ -49,6 +49,7 @@ class WorkerHandle:
         self.removed = False
         self.retiring = False
         self.killed = False  #: by us, on purpose
+        self.shed = False  #: by us, because memory was about to run out
         self.said_bye = False
         self.started_at = time.monotonic()
         self.idle_since = 0.0

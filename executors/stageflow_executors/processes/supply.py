@@ -10,6 +10,7 @@ before a loop.
 from __future__ import annotations
 
 import array
+import contextlib
 import marshal
 import os
 import select
@@ -573,6 +574,14 @@ class WorkerSupply:
         with self.lock:
             for worker in self.idle[self.min_workers :]:
                 self.dismiss(worker)
+
+    def shed(self, pid: int) -> None:
+        """End a worker because memory is about to run out. The attempt it runs is told so."""
+        for worker in list(self.workers.values()):
+            if worker.pid == pid:
+                worker.shed = True
+                with contextlib.suppress(OSError):  # it has just ended by itself
+                    os.kill(pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
     def dismiss(self, worker: WorkerHandle) -> None:
         """Say goodbye; it ends when it has done what was sent before."""
