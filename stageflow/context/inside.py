@@ -70,6 +70,10 @@ class WorkerServices:
             "an interceptor inside a worker has no gates", hint="leave out in_worker=True: it then acts in the parent"
         )
 
+    def later(self, seconds: float, callback: Callable[[], Any]) -> Any:
+        """Call back on the running loop in so many real seconds; what is returned has `cancel()`."""
+        return asyncio.get_running_loop().call_later(seconds, callback)
+
     def log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         """Write to the logger `stageflow.interceptors`; the fields become attributes of the record."""
         _log.log(level, "%s", message, extra=fields)

@@ -36,6 +36,10 @@ class Services(Protocol):
         """A closed gate on the loop of the run."""
         ...
 
+    def later(self, seconds: float, callback: Callable[[], Any]) -> Any:
+        """Call back in so many seconds; what is returned has `cancel()`."""
+        ...
+
     def log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         """Write to the log."""
         ...

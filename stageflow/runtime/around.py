@@ -8,7 +8,7 @@ through both untouched, since infrastructure is the scheduler's business.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -68,6 +68,11 @@ class _Handle:
     async def sleep(self, seconds: float) -> None:
         """Wait on the driver's clock."""
         await self.wait(self._driver.sleep(seconds))
+
+    def later(self, seconds: float, callback: Callable[[], Any]) -> Any:
+        """Call back by the driver's clock."""
+        driver = self._driver
+        return driver.clock.call_at(driver.loop, driver.clock.monotonic() + seconds, callback)
 
     def gate(self) -> Gate:
         """A future of the running loop, waited for as such."""
@@ -224,7 +229,10 @@ class Around:
     async def _last_word(self, driver: Driver, running: Running, call: Call, done: asyncio.Future[Outcome]) -> None:
         """Ask the lane to stop the attempt and wait for its word; by force after the grace."""
         running.executor.cancel(call.id, reason="stopped by an interceptor")
-        await asyncio.wait([done], timeout=driver.machine.grace)
+        grace = asyncio.ensure_future(driver.sleep(driver.machine.grace))
+        both: list[asyncio.Future[Any]] = [done, grace]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        grace.cancel()
         if not done.done():
             running.executor.cancel(call.id, reason="stopped by an interceptor", force=True)
             await asyncio.wait([done])
@@ -361,7 +369,7 @@ class Around:
         if states is None:
             states = self._runs[job.run_id] = InterceptorStates(self._states)
         handle: _Handle = running.claim
-        services = InterceptorServices(states, sleep=handle.sleep, gate=handle.gate)
+        services = InterceptorServices(states, sleep=handle.sleep, gate=handle.gate, later=handle.later)
         item: tuple[int, ...] | None = None
         inputs: Any
         if type(action) is act.StartBlock:

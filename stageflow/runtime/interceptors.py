@@ -86,7 +86,7 @@ class InterceptorStates:
 class InterceptorServices:
     """The `Services` of the interceptors of one run, on its loop. `sleep` may be replaced by one of a virtual clock."""
 
-    __slots__ = ("_gate", "_sleep", "states")
+    __slots__ = ("_gate", "_later", "_sleep", "states")
 
     def __init__(
         self,
@@ -94,10 +94,12 @@ class InterceptorServices:
         *,
         sleep: Callable[[float], Awaitable[None]] | None = None,
         gate: Callable[[], Gate] | None = None,
+        later: Callable[[float, Callable[[], Any]], Any] | None = None,
     ) -> None:
         self.states = states if states is not None else InterceptorStates()
         self._sleep: Callable[[float], Awaitable[None]] = sleep or _asyncio_sleep
         self._gate = gate
+        self._later = later
 
     def sleep(self, seconds: float) -> Awaitable[None]:
         """Wait so many seconds."""
@@ -109,6 +111,12 @@ class InterceptorServices:
             return self._gate()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         return future
+
+    def later(self, seconds: float, callback: Callable[[], Any]) -> Any:
+        """Call back in so many seconds; what is returned has `cancel()`."""
+        if self._later is not None:
+            return self._later(seconds, callback)
+        return asyncio.get_running_loop().call_later(seconds, callback)
 
     def log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         """Write to the logger `stageflow.interceptors`; the fields become attributes of the record."""
@@ -199,9 +207,13 @@ async def _before(chain: InterceptorChain, ctx: InterceptorContext, entered: lis
 
 async def _attempt(ctx: InterceptorContext, attempt: Attempt, limit: float | None) -> Any:
     started = ctx.now()
-    scope = asyncio.timeout(limit)
+    loop = asyncio.get_running_loop()
+    scope = asyncio.timeout(None)
+    timer = None
     try:
         async with scope:
+            if limit is not None:
+                timer = ctx.services.later(limit, lambda: scope.reschedule(loop.time()))
             return await attempt()
     except StageCancelledError as error:
         return StageOutput.cancel(getattr(error, "reason", None) or error.message)
@@ -213,6 +225,9 @@ async def _attempt(ctx: InterceptorContext, attempt: Attempt, limit: float | Non
         return failed(StageTimeoutError(text, stage=ctx.stage, elapsed=elapsed, limit=limit, retryable=True), ctx)
     except Exception as error:
         return failed(error, ctx)
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 async def _on_error(entered: list[Any], ctx: InterceptorContext, output: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.events import names
 from stageflow.events.event import Event
@@ -123,7 +124,7 @@ class Telling(DriverCounters):
             if action.item is not None:
                 action.item = job.paths.pop((stage, action.item[0]), action.item)
                 self._book_cancelled_item(job, name, action)
-            elif stage not in book.ends:
+            elif stage not in book.ends or book.ends[stage].status is StageStatus.FAIL:
                 output = StageOutput.cancel(data.get("reason") or "cancelled")
                 if "items_in" in data:
                     counts = {name: data[name] for name in ("dropped", "failed", "cancelled")}

@@ -3,7 +3,8 @@
 Give it to an engine: `Engine(clock=VirtualClock())`. Time stands still while any attempt does something; when every
 attempt under way waits in `clock.sleep` (or none is under way), time jumps to the next timer or sleeper.
 
-Worker processes have real time: a virtual hour passes for the scheduler only while no process attempt runs.
+Worker processes have real time: by itself a virtual hour passes for the scheduler only while no process attempt runs.
+A test that knows one to be at work lets time pass by `advance`.
 """
 
 from __future__ import annotations
@@ -90,6 +91,28 @@ class VirtualClock:
             raise RuntimeError("no engine runs on this clock yet")
         self._sleeper(line.loop, seconds, woken.set, threadsafe=True)
         woken.wait()
+
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass although attempts are at work: what becomes due is called back, in order, in the next
+        turn of its loop. For attempts that have no clock, such as those of a worker; any thread."""
+        with self._lock:
+            lines, until = list(self._lines.values()), self._now + seconds
+        for line in lines:
+            if not line.loop.is_closed():
+                line.loop.call_soon_threadsafe(self._pass, line, until)
+
+    def _pass(self, line: _Line, until: float) -> None:
+        """Call back everything that is due until then."""
+        while True:
+            with self._lock:
+                while line.heap and line.heap[0][2].cancelled:
+                    heappop(line.heap)
+                if not line.heap or line.heap[0][0] > until:
+                    self._now = max(self._now, until)
+                    return
+                when, _, timer = heappop(line.heap)
+                self._now = max(self._now, when)
+            timer.callback()
 
     def _sleeper(
         self, loop: asyncio.AbstractEventLoop, seconds: float, wake: Callable[[], Any], *, threadsafe: bool = False
