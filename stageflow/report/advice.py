@@ -89,6 +89,11 @@ def verdict(
             f" {percent(min(1.0, waited / wall))} of the run for {_FOR.get(reason, reason)}."
         )
     share = busiest.busy_seconds / wall
+    if _share_one_interpreter(busiest, wall):
+        return (
+            f"{busiest.stage} is the bottleneck: it computed for {duration(busiest.cpu_seconds)} of {duration(wall)} in"
+            " threads that share one interpreter; executor='process' would use the other cores."
+        )
     if share >= 0.6:
         text = f"{busiest.stage} is the bottleneck: {duration(busiest.busy_seconds)} of work"
         text += f" in {duration(wall)}" if share <= 1.05 else f", {share:.1f} at a time on average, in {duration(wall)}"
@@ -105,6 +110,11 @@ def verdict(
 
 def _share(stats: StageStats, reason: str, wall: float) -> str:
     return f"{percent(min(1.0, stats.wait[reason] / wall))} of the run"
+
+
+def _share_one_interpreter(s: StageStats, wall: float) -> bool:
+    """Whether threads that compute in Python hold each other up: one core is busy, however many of them run."""
+    return s.lane == "thread" and 0.5 * wall < s.cpu_seconds < 1.3 * wall and s.busy_seconds > 2 * s.cpu_seconds
 
 
 def _longest_wait(stats: StageStats) -> tuple[str, float]:
@@ -155,6 +165,12 @@ def _of_stage(s: StageStats, wall: float) -> list[Advice]:
         say(
             f"an item takes {duration(mean)}, less than handing it to a worker: give it batch= or executor='thread'.",
             0.3 + share,
+        )
+    if s.lane == "thread" and not cpu_bound and _share_one_interpreter(s, wall):
+        say(
+            f"it computed for {duration(s.cpu_seconds)} of {duration(wall)} and its threads waited for each other the"
+            " rest of their time: give it executor='process'.",
+            0.4 + share,
         )
     if s.lane == "thread" and cpu_bound and s.attempts > 1:
         say(
