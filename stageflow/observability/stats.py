@@ -196,6 +196,7 @@ class StatsFold:
         tally.status = "ok"
         tally.wall_seconds += duration
         begun, begun_ns = self._zero
+        tally.upstream += now - duration - begun
         tally.ended_ns = begun_ns + int((now - begun) * 1e9)
 
     @property
@@ -250,6 +251,7 @@ class StatsFold:
         tally.measure(event.data, 1, event.time_unix_ns)
         if event.item is None and event.attempt is not None:
             tally.attempt_covered = event.attempt
+            tally.queued_told = "queued_ms" in event.data
         if event.lane is not None:
             tally.lane = event.lane
 
@@ -258,8 +260,13 @@ class StatsFold:
         tally.attempts_ended += 1
         if tally.attempt_covered and tally.attempt_covered == (event.attempt or tally.attempt_covered):
             tally.attempt_covered = 0
+            if not tally.queued_told:
+                tally.queued_seconds += (event.data.get("queued_ms") or 0.0) / 1000.0
         else:
             tally.measure(event.data, 1, event.time_unix_ns)
+        duration = event.data.get("duration_ms")
+        if duration is not None and self._zero[1]:
+            tally.upstream += max(0.0, (event.time_unix_ns - self._zero[1]) / 1e9 - duration / 1000.0)
         if event.lane is not None:
             tally.lane = event.lane
 
@@ -352,6 +359,8 @@ class StatsFold:
         self.pipeline = data.get("pipeline") or ""
         self.status = "running"
         self.started_ns = event.time_unix_ns
+        if not self._zero[1]:
+            self._zero = (0.0, event.time_unix_ns)
         self.lanes = data.get("lanes") or self.lanes
         self.kinds = data.get("kinds") or self.kinds
         if not self.stages:

@@ -13,6 +13,8 @@ from stageflow.observability.histogram import Histogram
 
 #: A stage that went through more workers than this lists the first ones only.
 MAX_PIDS: Final = 256
+#: limits at which an attempt waits before it starts
+_QUEUED_FOR: Final = ("concurrency", "rate", "token", "cpu", "memory")
 #: an attempt of a stage: the index path of its item, and its number
 Attempt = tuple[tuple[int, ...] | None, int | None]
 
@@ -111,11 +113,13 @@ class StageTally:
         "pids",
         "progress",
         "queued_seconds",
+        "queued_told",
         "retried",
         "skipped",
         "started_ns",
         "status",
         "streaming",
+        "upstream",
         "wait",
         "wall_seconds",
     )
@@ -137,6 +141,8 @@ class StageTally:
         self.wall_seconds = 0.0
         self.cpu_seconds = 0.0
         self.queued_seconds = 0.0
+        self.queued_told = False  # the last attempt has said how long it was queued
+        self.upstream = 0.0  # of a plain stage: seconds until it came ready
         self.bytes_in = 0
         self.bytes_out = 0
         self.streaming = False
@@ -217,6 +223,13 @@ class StageTally:
     def waits_at(self, now_ns: int) -> dict[str, float]:
         """Seconds waited by reason, those still being waited included (to `now_ns`, where it is given)."""
         found = dict(self.wait or {})
+        if not self.streaming:
+            # what it was queued for no reason that has a name, it waited for a slot
+            slot = self.queued_seconds - sum(found.get(reason, 0.0) for reason in _QUEUED_FOR)
+            if slot > 0.0:
+                found["slot"] = found.get("slot", 0.0) + slot
+            if self.upstream > 0.0:
+                found.setdefault("upstream", self.upstream)
         if now_ns:
             for reason, (since, _) in (self.held or {}).items():
                 found[reason] = found.get(reason, 0.0) + max(0, now_ns - since) / 1e9

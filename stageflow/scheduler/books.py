@@ -68,6 +68,7 @@ class Run:
         "first_start",
         "grace_timer",
         "guards",
+        "held",
         "id",
         "layout",
         "listening",
@@ -93,6 +94,7 @@ class Run:
         "timers",
         "tries",
         "waiting",
+        "waits",
     )
 
     def __init__(self, signal: sig.RunSubmitted, seq: int, now: float) -> None:
@@ -126,6 +128,8 @@ class Run:
         self.cancelled_items = 0
         self.guards: dict[int, Any] = {}
         self.feedback: dict[int, dict[str, Any]] = {}
+        self.held: dict[int, tuple[str, float]] = {}  # plain stage -> the limit at which it waits, since when
+        self.waits: dict[int, dict[str, float]] = {}  # plain stage -> what it waited for, where that is not plain
         self.clean = True  # nothing has failed
         self.plain = True  # nothing has failed or been skipped: readiness needs no look at the dependencies
         self.queued = 0  # entries of this run that wait for a slot or at a limit

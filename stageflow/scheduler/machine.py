@@ -419,9 +419,20 @@ class Machine(
         if entry[6] is not None:
             entry[6].queued = True
             entry[6].held_for(limit[0], now)
+        else:
+            self._held_at(run, stage, limit[0], now)
         self.admission.park(limit, lane.name, entry)
         self._look_again(limit)
         return False
+
+    def _held_at(self, run: Run, stage: int, reason: str, now: float) -> None:
+        """From now on a plain stage waits for this ("" = it starts)."""
+        held = run.held.pop(stage, None)
+        if held is not None:
+            waits = run.waits.setdefault(stage, {})
+            waits[held[0]] = waits.get(held[0], 0.0) + now - held[1]
+        if reason:
+            run.held[stage] = (reason, now)
 
     def _unpark(self, limit: Limit, now: float) -> None:
         """A limit may have room: queue who can pass."""
@@ -455,6 +466,10 @@ class Machine(
         policies = layout.specs[stage].policies
         if policies is not DEFAULT_POLICIES:
             run.first_start.setdefault(stage, now)
+            if run.held:
+                self._held_at(run, stage, "", now)
+            if attempt == 1 and policies.retry is not None:  # later attempts do not tell when it came ready
+                run.waits.setdefault(stage, {}).setdefault("upstream", since - run.started_at)
             if layout.limited[stage]:
                 self._reserve(task, policies, lane, now)
             if policies.total_timeout is not None:

@@ -98,22 +98,19 @@ class OutcomeRules:
             self._guard_passed(run, stage)
         if run.listening:
             self._attempt_event(task, signal, "ok")
-        self._emit(
-            "stage.completed",
-            run,
-            stage,
-            attempt=task.attempt,
-            data={
-                "duration_ms": (now - task.since) * 1000.0,
-                "seconds": signal.seconds,
-                "cpu_seconds": signal.cpu_seconds,
-                "bytes_in": signal.bytes_in,
-                "bytes_out": signal.nbytes,
-                "worker_pid": signal.worker_pid,
-                "queued_ms": max(0.0, (now - task.since - signal.seconds)) * 1000.0,
-                "started": signal.started,
-            },
-        )
+        data: dict[str, Any] = {
+            "duration_ms": (now - task.since) * 1000.0,
+            "seconds": signal.seconds,
+            "cpu_seconds": signal.cpu_seconds,
+            "bytes_in": signal.bytes_in,
+            "bytes_out": signal.nbytes,
+            "worker_pid": signal.worker_pid,
+            "queued_ms": max(0.0, (now - task.since - signal.seconds)) * 1000.0,
+            "started": signal.started,
+        }
+        if run.waits and stage in run.waits:
+            data["wait"] = run.waits.pop(stage)
+        self._emit("stage.completed", run, stage, attempt=task.attempt, data=data)
         self._stage_over(run, stage)
 
     def _attempt_event(self: Machine, task: Task, signal: sig.AttemptEnded, status: str) -> None:
@@ -194,6 +191,8 @@ class OutcomeRules:
                 run.retry_timers -= 1
                 if run.state[stage] != _S.BACKOFF:
                     return  # stopped meanwhile
+                waits = run.waits.setdefault(stage, {})
+                waits["retry"] = waits.get("retry", 0.0) + when - now
                 self._move(run, stage, _S.READY)
                 self._push_ready(run, stage, when)
 
@@ -245,13 +244,12 @@ class OutcomeRules:
         if not moved:
             self._move(run, stage, _S.FAILED)
         run.clean = run.plain = False
-        self._emit(
-            "stage.failed",
-            run,
-            stage,
-            attempt=attempt,
-            data={"error": error.message, "error_type": error.type, "retryable": error.retryable, "error_info": error},
-        )
+        data: dict[str, Any] = {
+            "error": error.message, "error_type": error.type, "retryable": error.retryable, "error_info": error,
+        }  # fmt: skip
+        if run.waits and stage in run.waits:
+            data["wait"] = run.waits.pop(stage)
+        self._emit("stage.failed", run, stage, attempt=attempt, data=data)
         if run.guards and stage in run.guards:
             self._guard_passed(run, stage, failed=True)
         self._stage_over(run, stage)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from stageflow import Engine, PipelineBuilder
+import pytest
+
+from stageflow import Engine, PipelineBuilder, Resources, RetryConfig
 
 
 def quick(n: int):
@@ -60,3 +62,78 @@ def test_what_the_budget_holds_back_waits_for_bytes():
     graph = PipelineBuilder("b").stage("src", blobs).map("m", keep, "src", concurrency=1).build()
     found = waits(graph, memory_limit="1MiB")
     assert found["src"].get("bytes", 0.0) + found["src"].get("downstream", 0.0) > 0.1
+
+
+# ---------------------------------------------------------------- stages that are no streams
+
+
+class Deaf:
+    """A sink that listens to everything and keeps nothing."""
+
+    def emit(self, event) -> None:
+        pass
+
+
+async def nap(seconds: float) -> float:
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+def hold(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def plain_waits(graph, inputs, *, listened: bool, **options):
+    with Engine(processes=1, event_sinks=(Deaf(),) if listened else (), **options) as engine:
+        result = engine.run(graph, inputs)
+    assert result.success, result.error
+    return {name: one.wait for name, one in result.stats.items()}
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_a_plain_stage_waits_for_upstream_and_for_a_slot(listened):
+    graph = (
+        PipelineBuilder("p")
+        .stage("first", nap)
+        .stage("a", hold, ["first"])
+        .stage("b", hold, ["first"])
+        .stage("last", nap, ["a", "b"])
+        .build()
+    )
+    found = plain_waits(graph, {"seconds": 0.2}, listened=listened, threads=1)
+    assert found["first"].get("upstream", 0.0) < 0.1
+    assert found["a"]["upstream"] > 0.19
+    assert max(found[name].get("slot", 0.0) for name in ("a", "b")) > 0.19
+    assert found["last"]["upstream"] > 0.59
+    assert found["last"].get("slot", 0.0) < 0.15
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_a_plain_stage_names_the_limit_at_which_it_waits(listened):
+    graph = (
+        PipelineBuilder("p")
+        .stage("a", hold, resources=Resources(tokens={"gpu": 1}))
+        .stage("b", hold, resources=Resources(tokens={"gpu": 1}))
+        .build()
+    )
+    found = plain_waits(graph, {"seconds": 0.2}, listened=listened, tokens={"gpu": 1})
+    assert sorted(one.get("token", 0.0) > 0.15 for one in found.values()) == [False, True]
+    assert max(one.get("slot", 0.0) for one in found.values()) < 0.15
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_a_plain_stage_that_is_tried_again_waits_for_its_delay(listened):
+    tries = []
+
+    async def flaky() -> int:
+        tries.append(1)
+        if len(tries) == 1:
+            raise OSError("once")
+        return 1
+
+    retry = RetryConfig(max_attempts=2, base_delay_ms=200, jitter="none", backoff="constant")
+    graph = PipelineBuilder("p").stage("first", nap).stage("flaky", flaky, ["first"], retry=retry).build()
+    found = plain_waits(graph, {"seconds": 0.1}, listened=listened)["flaky"]
+    assert found["retry"] > 0.19
+    assert 0.09 < found["upstream"] < 0.19
