@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from stageflow.context.attempt import CallPlan, Program, Slot
 from stageflow.context.inside import Inside
+from stageflow.context.gathering import Gathered
 from stageflow.context.items import ItemProgram, ReduceProgram
 from stageflow.context.region import RegionProgram
 from stageflow.context.tracing import Traced
@@ -33,12 +34,24 @@ class StageCode:
 
     `sources[k]` says where the value of slot k comes from: a stage's number, or the key of an input.
     `passes_snapshot` is False where
-    nobody could read the snapshot.
+    nobody could read the snapshot. `gathers`: a slot takes all elements of a stream.
     """
 
-    __slots__ = ("_modules", "_traced", "passes_snapshot", "program", "shipped", "shipped_async", "sources")
+    __slots__ = (
+        "_gathered",
+        "_modules",
+        "_traced",
+        "gathers",
+        "passes_snapshot",
+        "program",
+        "shipped",
+        "shipped_async",
+        "sources",
+    )
 
-    def __init__(self, program: Program, sources: tuple[int | str, ...], modules: tuple[str, ...]) -> None:
+    def __init__(
+        self, program: Program, sources: tuple[int | str, ...], modules: tuple[str, ...], gathers: bool = False
+    ) -> None:
         self.program = program
         self.sources = sources
         self.passes_snapshot = program.plan.wants_ctx
@@ -46,6 +59,16 @@ class StageCode:
         self.shipped_async = Shipped(program.run_async, label=program.name)
         self._modules = modules
         self._traced: tuple[Shipped, Shipped] | None = None
+        self.gathers = gathers
+        self._gathered: dict[int, Shipped] = {}
+
+    def gathered(self, shipped: Shipped, width: int) -> Shipped:
+        """`shipped`, to be called with values in pieces behind its `width` arguments."""
+        found = self._gathered.get(shipped.key)
+        if found is None:
+            found = Shipped(Gathered(shipped.function, width), label=shipped.label, modules=shipped.modules)
+            self._gathered[shipped.key] = found
+        return found
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -64,6 +87,8 @@ class StageCode:
         made.shipped = made.shipped_async = Shipped(program, label=program.name, modules=modules)
         made._modules = modules
         made._traced = traced, traced
+        made.gathers = self.gathers
+        made._gathered = {}
         return made
 
     def call(self, lane: str, trace: str | None) -> Shipped:
@@ -317,7 +342,8 @@ class GraphCode:
             )
         else:
             program = Program(**common)
-        return StageCode(program, tuple(sources), _modules(spec))
+        gathers = any(isinstance(source, int) and graph.streams[source] for source in sources)
+        return StageCode(program, tuple(sources), _modules(spec), gathers)
 
 
 def _direct_of(runner: Callable[..., Any]) -> Shipped:

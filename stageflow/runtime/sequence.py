@@ -7,6 +7,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
+from stageflow.context.gathering import InPieces
+
 
 class Values:
     """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
@@ -129,8 +131,32 @@ class ItemSequence(Sequence[Any]):
         # crosses a process boundary as the items themselves; the reader sees the same type
         return _from_list, (list(self),)
 
+    def in_pieces(self, crosses: bool) -> tuple[InPieces, list[Any]]:
+        """The sequence as a call takes it, and the lists it is made of, each in the form it has: what is encoded
+        crosses as it is."""
+        self._settle()
+        places: dict[int, int] = {}
+        pieces: list[Any] = []
+        table: array[int] = array("q")
+        for lo, count, at, values in self._parts:
+            place = places.get(id(values))
+            if place is None:
+                place = places[id(values)] = len(pieces)
+                pieces.append(values.form(crosses))
+            table.extend((lo, count, at, place))
+        return InPieces(_from_pieces, table, len(pieces)), pieces
+
     def __repr__(self) -> str:
         return f"<ItemSequence of {len(self)} items>"
+
+
+def _from_pieces(table: array[int], pieces: Sequence[list[Any]]) -> ItemSequence:
+    made = ItemSequence()
+    lists = [Values(piece) for piece in pieces]
+    for row in range(0, len(table), 4):
+        lo, count, at, place = table[row : row + 4]
+        made.add(lo, count, at, lists[place])
+    return made
 
 
 def _from_list(items: list[Any]) -> ItemSequence:

@@ -13,7 +13,7 @@ from stageflow.context.attempt import ABSENT, Header
 from stageflow.context.items import Piece
 from stageflow.context.tracing import TRACE
 from stageflow.core.errors import StageFailedError
-from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind
+from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Shipped
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
@@ -22,6 +22,7 @@ from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.runtime.job import Job
 from stageflow.runtime.paths import of_segment
 from stageflow.runtime.running import DriverCounters, Running
+from stageflow.runtime.sequence import ItemSequence
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 
@@ -29,6 +30,7 @@ from stageflow.scheduler import signals as sig
 _WORDS: Final = frozenset((type(None), bool, int, float, type(ABSENT)))
 
 if TYPE_CHECKING:
+    from stageflow.runtime.code import StageCode
     from stageflow.runtime.driver import Driver
 
 
@@ -117,7 +119,10 @@ class Starting(DriverCounters):
                 found.append(value)
                 continue
             if book.graph.streams[source]:
-                found.append(book.sequence(source) if source not in book.ends or source in book.kept else ABSENT)
+                whole = book.sequence(source) if source not in book.ends or source in book.kept else ABSENT
+                if crosses and many and whole is not ABSENT:
+                    whole = _once(whole, source, book.shared, executor)
+                found.append(whole)
                 continue
             value = book.values[source]
             if value is ABSENT:
@@ -166,10 +171,13 @@ class Starting(DriverCounters):
                 header = self._header_form(job, action, spec, lane, executor)
             shipped = code.call(lane, job.trace)
             policies = spec.policies
+            args = (header, snapshot, *values)
+            if code.gathers and lane == "process":
+                shipped, args = _in_pieces(code, shipped, args)
             call = Call(
                 action.task,
                 shipped,
-                (header, snapshot, *values),
+                args,
                 action.short,
                 action.alone,
                 policies.writable,
@@ -354,3 +362,15 @@ def _once(value: Any, key: Any, shared: dict[Any, Any], executor: Executor | Non
         except Exception:
             return value  # the call that takes it says what is wrong, and where
     return found
+
+
+def _in_pieces(code: StageCode, shipped: Shipped, args: tuple[Any, ...]) -> tuple[Shipped, tuple[Any, ...]]:
+    """The call with its sequences as what they are made of: lists that workers have encoded are not decoded here."""
+    whole: list[Any] = []
+    pieces: list[Any] = []
+    for value in args:
+        if isinstance(value, ItemSequence):
+            value, own = value.in_pieces(True)
+            pieces += own
+        whole.append(value)
+    return code.gathered(shipped, len(args)), (*whole, *pieces)
