@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from stageflow import PipelineBuilder, StageKind
-from stageflow.context.items import Done
+from stageflow.context.pieces import Done
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.layout import Layout

@@ -13,7 +13,7 @@ import msgspec
 
 from stageflow.cli.loading import load_graph
 from stageflow.cli.show import print_failures
-from stageflow.context.items import pairs
+from stageflow.context.folds import pairs
 from stageflow.core.kinds import Lane, StageKind
 from stageflow.pipeline.builder import PipelineBuilder
 from stageflow.pipeline.graph import StageGraph

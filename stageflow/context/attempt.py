@@ -92,6 +92,11 @@ class _KeptLoop:
                 self.runner.get_loop().close()
 
 
+async def awaited(awaitable: Any) -> Any:
+    """Any awaitable as a coroutine."""
+    return await awaitable
+
+
 def run_coroutine(coroutine: Any, port: WorkerPort | None = None) -> Any:
     """Run a coroutine to its end in this thread, on a loop that the thread keeps. A cancel of the attempt cancels
     it."""

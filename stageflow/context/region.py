@@ -15,25 +15,15 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from stageflow.context.attempt import Header
-from stageflow.context.items import (
-    REPORT_SECONDS,
-    SLICE_SECONDS,
-    Done,
-    ItemFailure,
-    ItemProgram,
-    Piece,
-    _mask_of,
-    _Part,
-    mask_to_wire,
-    weight,
-)
+from stageflow.context.items import SLICE_SECONDS, ItemProgram
+from stageflow.context.parts import PART_BYTES, REPORT_SECONDS, Part
+from stageflow.context.pieces import Done, ItemFailure, Piece, mask_of, mask_to_wire, weight
 from stageflow.context.tracing import Traced
 from stageflow.core.executor import Reply
 
 if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
 
-PART_BYTES = 256 << 10
 _NO_SCOPE: Final[AbstractContextManager[None]] = nullcontext()
 
 
@@ -131,7 +121,7 @@ class _RegionPart:
         """Take items [position, stop) through all stages; returns where the first stage stopped."""
         head = self.region.members[0]
         started, cpu = time.perf_counter(), time.thread_time()
-        part = _Part(head, self.piece, position)
+        part = Part(head, self.piece, position)
         with self.region.scope(0, port, header):
             if head._is_simple(len(columns)):
                 reached = part.run_simple(head.target(), columns[0], self.indices, position, stop, header)
@@ -146,7 +136,7 @@ class _RegionPart:
             if not survivors:
                 break
             piece = self._between(survivors)
-            part = _Part(program, piece, 0)
+            part = Part(program, piece, 0)
             count, at = len(survivors), 0
             with self.region.scope(number, port, header):
                 if program._is_simple(1):
@@ -165,14 +155,14 @@ class _RegionPart:
     def _between(self, survivors: Sequence[int]) -> Piece:
         """The items that are left, as a piece of their own."""
         lo, hi = survivors[0], survivors[-1] + 1
-        mask = -1 if len(survivors) == hi - lo else _mask_of(survivors, lo, hi)
+        mask = -1 if len(survivors) == hi - lo else mask_of(survivors, lo, hi)
         paths = None
         if self.piece.paths is not None:
             place = {index: number for number, index in enumerate(self.indices)}
             paths = tuple(self.piece.paths[place[index]] for index in survivors)
         return Piece(lo, hi, mask, ((0, 0),), paths)
 
-    def _book(self, number: int, part: _Part, given: int, left: int, started: float, cpu: float) -> tuple[float, float]:
+    def _book(self, number: int, part: Part, given: int, left: int, started: float, cpu: float) -> tuple[float, float]:
         now, cpu_now = time.perf_counter(), time.thread_time()
         counts = self.counts[number]
         failed = len(part.failures)
@@ -195,7 +185,7 @@ class _RegionPart:
         indices, piece = self.indices, self.piece
         lo = piece.lo if self.first == 0 else int(indices[self.first])
         hi = piece.hi if stop == len(indices) else int(indices[stop])
-        mask = -1 if len(self.survivors) == hi - lo else _mask_of(self.survivors, lo, hi)
+        mask = -1 if len(self.survivors) == hi - lo else mask_of(self.survivors, lo, hi)
         inner = tuple((int(ok), int(dropped), int(failed), s, c) for ok, dropped, failed, s, c in self.counts)
         done = Done(
             ((lo, hi, mask_to_wire(mask)),), tuple(self.failures), seconds=seconds, cpu_seconds=cpu, inner=inner

@@ -15,7 +15,7 @@ import msgspec
 
 from stageflow.context.attempt import ABSENT
 from stageflow.context.interception import Gate, InterceptorContext
-from stageflow.context.items import Done, ItemFailure
+from stageflow.context.pieces import Done, ItemFailure
 from stageflow.core.executor import Call, Outcome, OutcomeKind
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from stageflow.context.attempt import CallPlan, Program, Slot
-from stageflow.context.inside import Inside
+from stageflow.context.folds import ReduceProgram
 from stageflow.context.gathering import Gathered
-from stageflow.context.items import ItemProgram, ReduceProgram
+from stageflow.context.inside import Inside
+from stageflow.context.items import ItemProgram
 from stageflow.context.region import RegionProgram
 from stageflow.context.tracing import Traced
 from stageflow.core.executor import Shipped

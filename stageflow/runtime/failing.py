@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stageflow.context.attempt import ABSENT
-from stageflow.context.items import Piece
+from stageflow.context.pieces import Piece
 from stageflow.pipeline.spec import Role
 from stageflow.runtime.book import NOTHING
 from stageflow.runtime.paths import of_segment

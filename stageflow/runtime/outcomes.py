@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from stageflow.context.items import Done, ItemFailure, mask_from_wire
+from stageflow.context.pieces import Done, ItemFailure, mask_from_wire
 from stageflow.core.errors import InvariantError, StageflowError, StageTimeoutError
 from stageflow.core.executor import Outcome, OutcomeKind
 from stageflow.core.failure import capture

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from stageflow.context.items import bits
+from stageflow.context.pieces import bits
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.spec import Role
 

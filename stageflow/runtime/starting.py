@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from stageflow.context.attempt import ABSENT, Header
-from stageflow.context.items import Piece
+from stageflow.context.pieces import Piece
 from stageflow.context.tracing import TRACE
 from stageflow.core.errors import StageFailedError
 from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Shipped

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from stageflow.context.items import Done
+from stageflow.context.pieces import Done
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from stageflow.context.items import Done
+from stageflow.context.pieces import Done
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler.streams import Chunk, Segment, Stream
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from stageflow.context.items import Done
+from stageflow.context.pieces import Done
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler.layout import Layout
 

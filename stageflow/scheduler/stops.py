@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from stageflow.context.items import Done
+from stageflow.context.pieces import Done
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act

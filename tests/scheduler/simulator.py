@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from stageflow.context.items import Done, ItemFailure
+from stageflow.context.pieces import Done, ItemFailure
 from stageflow.core.kinds import DROP
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.pipeline.spec import Role

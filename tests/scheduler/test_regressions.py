@@ -85,7 +85,7 @@ def test_a_run_whose_lane_is_full_of_another_run_is_not_forgotten():
 
 
 def test_an_item_that_heeds_its_timeout_does_not_cancel_the_run():
-    from stageflow.context.items import Done, ItemFailure
+    from stageflow.context.pieces import Done, ItemFailure
     from stageflow.core.output import ErrorInfo
 
     simulation = Simulation(random.Random(1))
