@@ -207,3 +207,15 @@ def test_every_format_shows_which_stages_share_a_worker():
     picture = graph.draw("svg")
     assert picture.count('class="edge fused"') == 2  # the edge, and its line in the legend
     assert "elements, same worker" in picture
+
+
+def test_the_plan_does_not_promise_a_worker_to_a_source():
+    def numbers():
+        yield 1
+
+    def noted(**more):
+        graph = PipelineBuilder("s").stage("numbers", numbers, **more).map("m", lambda x: x, "numbers").build()
+        return any("in no worker" in note for note in graph.plan().stage("numbers").notes)
+
+    assert noted(kind="transform")
+    assert not noted()
