@@ -6,11 +6,15 @@ fire is chosen at random. After each signal the books are audited.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+
+import msgspec
 
 from stageflow.context.pieces import Done, ItemFailure
 from stageflow.core.kinds import DROP
 from stageflow.core.output import ErrorInfo, StageOutput
+from stageflow.pipeline import policies
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
@@ -18,7 +22,7 @@ from stageflow.scheduler.audit import audit
 from stageflow.scheduler.layout import Layout
 from stageflow.scheduler.machine import Machine
 from stageflow.scheduler.states import StageState
-from stageflow.testing.strategies import FlatRunner, GraphSketch, HangError, Runner, SourceRunner
+from stageflow.testing.strategies import Fate, FlatRunner, GraphSketch, HangError, Runner, SourceRunner, StageSketch
 
 SIZE = 10  # bytes of every list of values
 
@@ -529,6 +533,23 @@ class Simulation:
         del self.under[action.task]
         self.send(ended)
 
+    # ------------------------------------------------------------ logs
+
+    def save(self, path, what):
+        """Write everything that the machine was told, so that a fault can be replayed: `replayed` reads it."""
+        machine = self.machine
+        turns = [[now, [_written(signal) for signal in signals]] for now, signals in self.log]
+        found = {
+            "what": what,
+            "lanes": {name: lane.slots for name, lane in machine.lanes.items()},
+            "memory": machine.memory,
+            "ahead": machine.ahead,
+            "poison_limit": machine.poison_limit,
+            "sketches": [repr(sketch) for sketch in self.sketches.values()],
+            "turns": turns,
+        }
+        path.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {_lines(v)}" for k, v in found.items()) + "\n}\n")
+
     # ------------------------------------------------------------ the end
 
     def check_clean(self):
@@ -608,4 +629,44 @@ class Simulation:
         return False
 
 
-__all__ = ["Runner", "Simulation", "SourceRunner"]
+def _written(signal):
+    if type(signal) is sig.RunSubmitted:
+        return ["RunSubmitted", {"run": signal.run, "mode": signal.mode, "deadline": signal.deadline}]
+    plain = msgspec.to_builtins(signal)
+    defaults = dict(zip(reversed(signal.__struct_fields__), reversed(signal.__struct_defaults__), strict=False))
+    fields = {name: value for name, value in plain.items() if getattr(signal, name) != defaults.get(name, sig)}
+    return [type(signal).__name__, fields]
+
+
+def _lines(value):
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(f"  {json.dumps(one)}" for one in value) + "\n ]"
+
+
+def replayed(path):
+    """Tell a fresh machine what the log says, auditing its books after each turn; the machine."""
+    found = json.loads(path.read_text())
+    names = {name: getattr(policies, name) for name in ("Resources", "RetryConfig", "GuardRetryPolicy")}
+    names |= {"GraphSketch": GraphSketch, "StageSketch": StageSketch, "Fate": Fate}
+    sketches = [eval(text, names) for text in found["sketches"]]
+    machine = Machine(
+        found["lanes"], tokens={"gpu": 2}, memory=found["memory"], poison_limit=found["poison_limit"],
+        ahead=found["ahead"],
+    )  # fmt: skip
+    for now, signals in found["turns"]:
+        told = []
+        for name, fields in signals:
+            if name == "RunSubmitted":
+                sketch = sketches[fields["run"] - 1]
+                layout = Layout(sketch.build(), [stage.lane for stage in sketch.stages])
+                given = {"run_id": f"run-{fields['run']}", "layout": layout, "listening": True, **fields}
+                told.append(sig.RunSubmitted(**given))
+            else:
+                told.append(msgspec.convert(fields, type=getattr(sig, name)))
+        machine.handle_all(told, now)
+        audit(machine)
+    return machine
+
+
+__all__ = ["Runner", "Simulation", "SourceRunner", "replayed"]

@@ -1,12 +1,15 @@
 """Faults that the scheduler once had, each by name, on the machine alone."""
 
 import random
+from pathlib import Path
 
 import pytest
-from stageflow_scheduler_simulator import Simulation
+from stageflow_scheduler_simulator import Simulation, replayed
 
 from stageflow.scheduler import signals as sig
 from stageflow.testing.strategies import Fate, GraphSketch, StageSketch
+
+LOGS = Path(__file__).with_name("logs")
 
 
 def simulate(*stages, mode="continue_on_failure", seed=0, **options):
@@ -105,17 +108,8 @@ def test_an_item_that_heeds_its_timeout_does_not_cancel_the_run():
     assert simulation.failed_items[run, 1] == 1
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_reduce_that_fails_while_its_next_step_waits_for_its_rate_stops_nobody(seed):
-    fold = StageSketch(
-        "f",
-        "fold",
-        over="s",
-        lane="async",
-        fate=Fate("error", 5, 4),
-        policies={"rate": "44/s", "on_failure": "best_effort"},
-    )
-    other = StageSketch("m", "map", over="s", policies={"concurrency": 1, "keep": True})
-    simulation, run = simulate(SOURCE, fold, other, seed=seed)
-    assert simulation.states(run)["f"] == "fail"
-    assert simulation.states(run)["m"] == "ok"
+@pytest.mark.parametrize("log", sorted(LOGS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_a_random_search_once_found(log):
+    """Signal logs as `Simulation.save` writes them, up to the turn after which the books did not balance."""
+    machine = replayed(log)
+    assert machine.runs
