@@ -131,6 +131,25 @@ def tagged(tag: str) -> list[int]:
     return found
 
 
+class Signs:
+    """Calls of a lane say when they have come to a point; who waits for it need not look again and again."""
+
+    def __init__(self, executor: ProcessExecutor) -> None:
+        self._said: dict[int, asyncio.Future[Any]] = {}
+        executor.on_note = self._heard
+
+    def _of(self, call_id: int) -> asyncio.Future[Any]:
+        return self._said.setdefault(call_id, asyncio.get_running_loop().create_future())
+
+    def _heard(self, call_id: int, kind: str, data: Any) -> None:
+        if kind == "here" and not self._of(call_id).done():
+            self._of(call_id).set_result(data)
+
+    async def of(self, call_id: int) -> Any:
+        """What the call gave with `port.note("here", ...)`."""
+        return await self._of(call_id)
+
+
 #: the same, killed by itself in a state named by its second argument
 PARENT_IN = """
 import asyncio, atexit, os, sys, time

@@ -18,7 +18,7 @@ from stageflow.core.errors import WorkerDiedError
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
 from stageflow_executors.processes import death, machine
 from stageflow_executors.processes.supply import WorkerSupply
-from tests.executors.leaks import PARENT, alive, gone, lane, shm_entries, tagged
+from tests.executors.leaks import PARENT, Signs, alive, gone, lane, shm_entries, tagged
 
 
 @pytest.fixture(params=["forkserver", "spawn"])
@@ -54,9 +54,9 @@ async def test_deaths_are_heard_without_pidfds(start_method: str, tmp_path: Path
         os.kill(pid, signal.SIGKILL)  # an idle one
         assert await executor.submit(os.getpid) != pid
         done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        executor.start(Call(9, Shipped(lambda port: time.sleep(60))), done.set_result)
-        while executor.running_since(9) is None:
-            await asyncio.sleep(0.002)
+        signs = Signs(executor)
+        executor.start(Call(9, Shipped(lambda port: (port.note("here", None), time.sleep(60)))), done.set_result)
+        await signs.of(9)
         executor.cancel(9, reason="enough", force=True)
         assert (await done).kind is OutcomeKind.CANCELLED
         assert await executor.submit(abs, -2) == 2

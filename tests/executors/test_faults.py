@@ -23,7 +23,7 @@ from stageflow.core.errors import NotShippableError, SharedMemoryFullError, Work
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Reply, Shipped
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.supply import WorkerSupply
-from tests.executors.leaks import PARENT, PARENT_IN, Holdings, alive, gone, lane, shm_entries, tagged
+from tests.executors.leaks import PARENT, PARENT_IN, Holdings, Signs, alive, gone, lane, shm_entries, tagged
 
 
 def identity(value: Any) -> Any:
@@ -109,8 +109,8 @@ def start_children() -> list[int]:
     return [first.pid, second.pid]
 
 
-def start_children_and_hang(path: str) -> None:
-    Path(path).write_text(" ".join(map(str, [os.getpid(), *start_children()])))
+def start_children_and_hang(port: Any) -> None:
+    port.note("here", [os.getpid(), *start_children()])
     while True:
         time.sleep(1)
 
@@ -216,13 +216,13 @@ async def test_closing_all_descriptors_ends_one_worker() -> None:
 async def test_a_killed_fork_server_is_replaced() -> None:
     async with lane() as executor:
         await executor.submit(identity, 1)
-        running = executor.submit(spin, 60)
-        while executor.running_since(next(iter(executor._tasks))) is None:
-            await asyncio.sleep(0.005)
+        signs = Signs(executor)
+        running: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        executor.start(Call(1, Shipped(lambda port: (port.note("here", None), spin(60)))), running.set_result)
+        await signs.of(1)
         assert executor.supply.server is not None
         executor.supply.server.kill()
-        with pytest.raises(WorkerDiedError):
-            await running
+        assert (await running).kind is OutcomeKind.LOST
         assert await executor.submit(identity, 2) == 2
 
 
@@ -317,19 +317,17 @@ async def test_output_comes_back_tagged_and_bounded() -> None:
 # ------------------------------------------------------------ cancel
 
 
-async def test_cancel_queued_running_and_forced(tmp_path: Path) -> None:
-    outcomes: dict[int, Outcome] = {}
+async def test_cancel_queued_running_and_forced() -> None:
+    ends: dict[int, asyncio.Future[Outcome]] = {n: asyncio.get_running_loop().create_future() for n in range(1, 5)}
 
     def deliver(outcome: Outcome) -> None:
-        assert outcome.call_id not in outcomes
-        outcomes[outcome.call_id] = outcome
+        ends[outcome.call_id].set_result(outcome)  # refuses a second one
 
     async def until(call_id: int) -> Outcome:
-        while call_id not in outcomes:
-            await asyncio.sleep(0.002)
-        return outcomes[call_id]
+        return await ends[call_id]
 
     def cooperative(port: Any) -> str:
+        port.note("here", None)
         while not port.cancelled():
             time.sleep(0.001)
         return str(port.cancel_reason())
@@ -337,39 +335,40 @@ async def test_cancel_queued_running_and_forced(tmp_path: Path) -> None:
     def watched(port: Any) -> bool:
         told = threading.Event()
         port.on_cancel(told.set)
+        port.note("here", None)
         return told.wait(20)
 
     async with lane(max_workers=1) as executor:
+        signs = Signs(executor)
         executor.start(Call(1, Shipped(cooperative)), deliver)
         executor.start(Call(2, Shipped(lambda port: 2)), deliver)
-        while executor.running_since(1) is None:
-            await asyncio.sleep(0.002)
+        await signs.of(1)
+        assert executor.running_since(1) is not None
         executor.cancel(2, reason="not needed")
         assert (await until(2)).kind is OutcomeKind.CANCELLED
         executor.cancel(1, reason="enough, thanks")
         assert (await until(1)).value.load() == "enough, thanks"
         executor.start(Call(3, Shipped(watched)), deliver)
-        while executor.running_since(3) is None:
-            await asyncio.sleep(0.002)
+        await signs.of(3)
+        assert executor.running_since(3) is not None
         executor.cancel(3, reason="x")
         assert (await until(3)).value.load() is True
-        path = tmp_path / "pids"
-        executor.start(Call(4, Shipped(lambda port, p: start_children_and_hang(p)), (str(path),)), deliver)
-        while not path.exists() or len(path.read_text().split()) < 3:
-            await asyncio.sleep(0.005)
-        pids = list(map(int, path.read_text().split()))
+        executor.start(Call(4, Shipped(start_children_and_hang)), deliver)
+        pids = await signs.of(4)
         assert all(map(alive, pids))
         executor.cancel(4, reason="stop", force=True)
         assert (await until(4)).kind is OutcomeKind.CANCELLED
         assert await gone(pids), "what a stage started must not outlive it"
         executor.cancel(4, reason="again", force=True)
+        executor.on_note = None
         assert await executor.submit(identity, 1) == 1
 
 
 async def test_a_cancelled_future_frees_its_worker() -> None:
     async with lane(max_workers=1, grace=0.1) as executor:
         future = executor.submit(spin, 60)
-        await asyncio.sleep(0.05)
+        while executor.running_since(next(iter(executor._tasks))) is None:
+            await asyncio.sleep(0.005)
         future.cancel()
         assert await asyncio.wait_for(executor.submit(identity, 1), 5) == 1
 
