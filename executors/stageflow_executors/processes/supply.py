@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from stageflow.core.errors import DefinitionError, WorkerStartError
-from stageflow.core.executor import Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.handle import Borrower, WorkerHandle, kill_group
-from stageflow_executors.processes.machine import THREAD_VARIABLES, oom_kills, usable_cores, usable_memory
+from stageflow_executors.processes.link import ServerLink, interpreter_flags
+from stageflow_executors.processes.machine import oom_kills, usable_cores, usable_memory
 from stageflow_executors.processes.shipping import Shipping
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm.arena import Arena, Segment, allocate, create_anonymous
@@ -40,11 +40,9 @@ MAX_FAILED_STARTS: Final = 3
 RETRY_STARTS_AFTER: Final = 1.0
 FAREWELL: Final = 1.0  #: seconds that idle workers have to leave in order; the others are killed
 PARENT: Final = 0  #: the parent's number as an owner of segments
-_OWN_MODULES: Final = ("stageflow_executors.processes.worker_main",)
-_CONTROL_ROOM: Final = socket.CMSG_SPACE(4 * 4)
 
 
-class WorkerSupply:
+class WorkerSupply(ServerLink):
     """Owns processes and shared memory. Close it explicitly; an interpreter exit closes what was forgotten."""
 
     def __init__(
@@ -66,6 +64,7 @@ class WorkerSupply:
     ) -> None:
         """`preload` names modules to import before the first fork; `auto_preload` adds those of every shipped
         callable."""
+        super().__init__()
         self.auto_preload = auto_preload
         self.max_workers = max_workers if max_workers is not None else usable_cores()
         if self.max_workers < 1:
@@ -96,18 +95,10 @@ class WorkerSupply:
         self.idle: list[WorkerHandle] = []
         self.waiting: deque[Borrower] = deque()
         self.lanes: list[Borrower] = []
-        self.server: subprocess.Popen[bytes] | None = None
-        self.control: socket.socket | None = None
-        self._server_end = ""  #: how the last one ended
-        self._words = -1  #: where the fork server's last words can be read
         self.closed = False
-        self.problems: list[str] = []  #: what the fork server could not preload
         self.broken: str | None = None
         self._broken_at = 0.0
         self._failed_starts = 0
-        self._configured = False
-        self._preload_later: list[str] = []
-        self._wanted: set[str] = set()
         self._numbers = 0
         self.oom_before = oom_kills()
         _all_supplies.add(self)
@@ -140,213 +131,6 @@ class WorkerSupply:
             w.page.words[status.RESERVED] for w in list(self.workers.values()) if w is not worker
         )
         worker.page.words[status.LIMIT] = max(0, self._shared_limit - others)
-
-    # ------------------------------------------------------------ the fork server
-
-    def prestart(self) -> None:
-        """Start the fork server's interpreter now; it comes up beside the caller's imports. Cheap if it runs. Never
-        raises: where it cannot start, the first call is told why."""
-        with self.lock:
-            if self.start_method == "forkserver" and self.server is None and not self.closed:
-                try:
-                    self._start_server()
-                except (WorkerStartError, OSError):
-                    return
-
-    def has_server(self) -> bool:
-        """Is there a fork server to listen to?"""
-        return self.control is not None
-
-    def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        threads = str(max(1, usable_cores() // self.max_workers))
-        for name in THREAD_VARIABLES:
-            environment.setdefault(name, threads)
-        environment["STAGEFLOW_IN_WORKER"] = "1"
-        return environment
-
-    def _start_server(self) -> None:
-        from stageflow_executors.processes import forkserver
-
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        me = -1
-        try:
-            me = os.pidfd_open(os.getpid())
-        except (AttributeError, OSError):
-            pass  # an old kernel or a sandbox: the server watches end of file and its parent's pid
-        words, words_theirs = os.pipe()
-        os.set_blocking(words, False)
-        os.set_blocking(words_theirs, False)
-        stderr = _stderr()
-        passed = [fd for fd in (theirs.fileno(), me, stderr) if fd >= 0]
-        self._command = [
-            sys.executable,
-            *_interpreter_flags(),
-            forkserver.__file__,
-            *map(str, (theirs.fileno(), me, stderr)),
-        ]
-        try:
-            self.server = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stderr=words_theirs,
-                pass_fds=passed,
-                start_new_session=True,
-                env=self._environment(),
-            )
-        except OSError as error:
-            ours.close()
-            os.close(words)
-            raise WorkerStartError(f"the fork server could not be started: {error}", reason=str(error)) from error
-        finally:
-            theirs.close()
-            for fd in (me, stderr, words_theirs):
-                if fd >= 0:
-                    os.close(fd)
-        self.control = ours
-        self._words = words
-        self._configured = False
-        try:
-            ours.sendall(marshal.dumps(("warm up", list(sys.path), list(_OWN_MODULES))))
-        except OSError:
-            pass  # it ended at once: the first request finds out and says so
-
-    def _settings(self) -> dict[str, Any]:
-        import logging
-
-        return {
-            "sys_path": list(sys.path),
-            "cwd": _cwd(),
-            "engine_pid": self.pid,
-            "own_modules": list(_OWN_MODULES),
-            "preload": self.preload,
-            "command": getattr(self, "_command", []),
-            "inline_threshold": self.inline_threshold,
-            "log_level": logging.getLogger().getEffectiveLevel(),
-            "memfd": self.memfd,
-            "no_pidfd": not hasattr(os, "pidfd_open"),
-            "hard_limit": self.hard_limit,
-            "argv": list(sys.argv),
-        }
-
-    def want_modules(self, shipped: Shipped) -> None:
-        """See that workers forked from now on have the modules of `shipped` already."""
-        names = [*shipped.modules, *self.shipping.modules] if self.auto_preload else []
-        fresh = [name for name in names if name not in self._wanted]
-        if fresh:
-            with self.lock:
-                self._wanted.update(fresh)
-                found = [name for name in fresh if self.shipping.importable(name)]
-                (self._preload_later if self._configured else self.preload).extend(found)
-
-    def _configure(self) -> None:
-        assert self.control is not None
-        self.preload = [name for name in dict.fromkeys(self.preload) if self.shipping.importable(name)]
-        self.control.sendall(marshal.dumps(("configure", self._settings())))
-        self._configured = True
-
-    def pump(self) -> None:
-        """Read the fork server's reports, without waiting; tells the lanes concerned."""
-        reported: list[WorkerHandle] = []
-        with self.lock:
-            while self.control is not None:
-                try:
-                    data, ancillary, _, _ = self.control.recvmsg(
-                        65536, _CONTROL_ROOM, ch.MSG_CMSG_CLOEXEC | ch.MSG_DONTWAIT
-                    )
-                except BlockingIOError:
-                    break
-                except OSError:
-                    data, ancillary = b"", []
-                if not data:
-                    reported.extend(self._server_lost())
-                    break
-                worker = self._report(marshal.loads(data), ch.unpack_fds(ancillary))
-                if worker is not None:
-                    reported.append(worker)
-            for worker in reported:
-                if worker.lane is None and (worker.ended is not None or worker.failed is not None):
-                    self.remove(worker)
-        for worker in reported:
-            if worker.lane is not None:
-                worker.lane.reported(worker)
-
-    def _report(self, report: Sequence[Any], fds: list[int]) -> WorkerHandle | None:
-        kind = report[0]
-        if kind == "preload":
-            self.problems.extend(f"{name}: {why}" for name, why in report[1])
-        elif kind == "threads":
-            self.problems.append(f"{report[1]}: importing it starts threads, so it is not preloaded")
-        elif kind == "broken":
-            self._failed_starts = MAX_FAILED_STARTS
-            self._break(report[1])
-        worker = self.workers.get(report[1]) if kind in ("started", "ended", "failed") else None
-        if worker is None:
-            for fd in fds:
-                os.close(fd)
-            return None
-        if kind == "started":
-            worker.pid = report[2]
-            worker.pidfd = fds[0] if fds else -1
-        elif kind == "ended":
-            worker.ended = (report[2], report[3])
-        else:
-            worker.failed = report[2]
-        return worker
-
-    def _server_lost(self) -> list[WorkerHandle]:
-        """The fork server is gone, and by PDEATHSIG every worker with it."""
-        reason = self._server_end = f"the fork server {_how(self._end_server(5))}"
-        lost = [w for w in self.workers.values() if w.ended is None and w.failed is None]
-        for worker in lost:
-            if worker.pid:
-                worker.ended = (signal.SIGKILL, 0)
-            else:
-                worker.failed = reason
-        return lost
-
-    def _end_server(self, timeout: float) -> tuple[int | None, str]:
-        """Let go of the fork server, which ends at that if it lives. Its exit code and its last words."""
-        if self.control is not None:
-            try:
-                self.control.shutdown(socket.SHUT_RDWR)  # end of file, also where a lane has a descriptor of its own
-            except OSError:
-                pass
-            self.control.close()
-            self.control = None
-        server, self.server = self.server, None
-        code = None
-        if server is not None:
-            try:
-                code = server.wait(timeout)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                code = server.wait()
-        said = self._last_words()
-        if self._words >= 0:
-            os.close(self._words)
-            self._words = -1
-        return code, said
-
-    def _last_words(self) -> str:
-        """What the fork server said of itself since it was last asked, or before it could speak properly."""
-        if self._words < 0:
-            return ""
-        try:
-            return os.read(self._words, 65536).rpartition(b"\0")[2].decode("utf-8", "replace").strip()[-2000:]
-        except OSError:
-            return ""
-
-    def not_started(self, worker: WorkerHandle, seconds: float) -> None:
-        """`worker` did not come up in so many seconds. A fork server that hangs and has nobody else goes as well."""
-        with self.lock:
-            said = self._last_words() if not worker.pid else ""
-            worker.failed = f"the worker did not come up within {seconds:g} s" + (f", {said}" if said else "")
-            worker.kill()
-            if self.server is not None and not any(other.pid for other in self.workers.values()):
-                self.server.kill()
-                self.server.wait()
-                self.pump()
 
     # ------------------------------------------------------------ workers
 
@@ -431,7 +215,7 @@ class WorkerSupply:
         read, write = os.pipe()
         try:
             worker.process = subprocess.Popen(
-                [sys.executable, *_interpreter_flags(), spawned.__file__, str(worker.number), *map(str, (read, *fds))],
+                [sys.executable, *interpreter_flags(), spawned.__file__, str(worker.number), *map(str, (read, *fds))],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(read, *fds),
                 start_new_session=True,
@@ -479,6 +263,7 @@ class WorkerSupply:
                 self._break(self.broken or reason)
 
     def _break(self, reason: str) -> None:
+        self._failed_starts = MAX_FAILED_STARTS
         self.broken = reason
         self._broken_at = time.monotonic()
 
@@ -676,46 +461,12 @@ class WorkerSupply:
         self.books.after_fork()
 
 
-def _cwd() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return "/"
-
-
 def _cannot_start(reason: str) -> WorkerStartError:
     return WorkerStartError(
         f"no worker process can be started: {reason}",
         hint="the text above is what the worker or the fork server said",
         reason=reason,
     )
-
-
-def _stderr() -> int:
-    """A descriptor of its own for standard error; -1 where there is none."""
-    try:
-        return os.dup(2)
-    except OSError:
-        return -1
-
-
-def _how(end: tuple[int | None, str]) -> str:
-    """In words, how the fork server ended."""
-    code, said = end
-    if code is not None and code < 0:
-        try:
-            how = f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            how = f"was killed by signal {-code}"
-    else:
-        how = f"ended with status {code}"
-    return f"{how}: {said}" if said and "\n" not in said else f"{how}; its last words:\n{said}" if said else how
-
-
-def _interpreter_flags() -> list[str]:
-    """The flags this interpreter was started with."""
-    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return found
 
 
 _all_supplies: weakref.WeakSet[WorkerSupply] = weakref.WeakSet()
