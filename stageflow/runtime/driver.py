@@ -13,8 +13,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from stageflow.context.attempt import Header
 from stageflow.context.cancellation import CancellationToken
-from stageflow.context.tracing import current_traceparent
+from stageflow.context.tracing import TRACE, current_traceparent
 from stageflow.core.errors import InvariantError, StageflowError
 from stageflow.core.executor import Executor, Payload
 from stageflow.core.worker import item_stop
@@ -215,7 +216,8 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             switching.enter(job.switching)
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
             job.trace = current_traceparent() or ""
-            job.header = None  # each attempt is told its trace
+            if job.header is not None:
+                job.header = Header(job.run_id, extras={TRACE: job.trace})
         self.signal(sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth))
         if job.token is not None:
             self._follow(job, job.token)
