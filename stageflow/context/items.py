@@ -152,7 +152,8 @@ class ItemProgram(Program):
         ctx = self.context(port, header, snapshot, commons, path) if plan.wants_ctx else None
         args, kwargs = self._arguments(commons, ctx, element)
         try:
-            result = self.function(ctx, port)(*args, **kwargs)
+            function = self.target() if self.inside is None else self.function(ctx, port)
+            result = function(*args, **kwargs)
             if self.flat:
                 result = list(drain_async(result, port) if hasattr(result, "__aiter__") else result)
             elif self.is_async or inspect.isawaitable(result):
@@ -326,7 +327,8 @@ class ItemProgram(Program):
         ctx = self.context(port, header, snapshot, commons, path) if self.plan.wants_ctx else None
         args, kwargs = self._arguments(commons, ctx, element)
         try:
-            result = self.function(ctx, port)(*args, **kwargs)
+            function = self.target() if self.inside is None else self.function(ctx, port)
+            result = function(*args, **kwargs)
             if self.flat:
                 if hasattr(result, "__aiter__"):
                     result = [value async for value in result]
