@@ -22,7 +22,7 @@ from stageflow.scheduler.audit import audit
 from stageflow.scheduler.layout import Layout
 from stageflow.scheduler.machine import Machine
 from stageflow.scheduler.states import StageState
-from stageflow.testing.strategies import Fate, FlatRunner, GraphSketch, HangError, Runner, SourceRunner, StageSketch
+from stageflow.testing.sketches import Fate, FlatRunner, GraphSketch, HangError, Runner, SourceRunner, StageSketch
 
 SIZE = 10  # bytes of every list of values
 

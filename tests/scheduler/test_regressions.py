@@ -7,7 +7,7 @@ import pytest
 from stageflow_scheduler_simulator import Simulation, replayed
 
 from stageflow.scheduler import signals as sig
-from stageflow.testing.strategies import Fate, GraphSketch, StageSketch
+from stageflow.testing.sketches import Fate, GraphSketch, StageSketch
 
 LOGS = Path(__file__).with_name("logs")
 
