@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypedDict, TypeVar, Unpack
 
 from stageflow.core.errors import DefinitionError, ResourceError
 from stageflow.helpers.providers import LLMResponse, STTResponse, TTSResponse
@@ -34,6 +34,7 @@ __all__ = [
 Sleep = Callable[[float], Awaitable[object]]
 STT_BYTES_PER_SECOND: Final = 32_000  # 16 kHz, 16 bits, one channel
 TOKEN_SHOWN: Final = 20
+_Cut = TypeVar("_Cut", str, bytes)
 
 
 class MockFailureError(ResourceError):
@@ -64,10 +65,28 @@ class MockCall:
     latency_ms: float = 0.0
 
 
+class Behaviour(TypedDict, total=False):
+    """What every mock takes besides its own options; all have defaults."""
+
+    latency_ms: float  #: of every call; 0
+    latency_jitter: float  #: milliseconds by which it varies, up and down; 0
+    fail_rate: float  #: share of calls that raise MockFailureError; 0
+    seed: int  #: of everything that is drawn; 0
+    sleep: Sleep  #: asyncio.sleep
+
+
 class _Mock:
     """What all mocks share: a generator, latency, simulated failures, a history."""
 
-    def __init__(self, *, latency_ms: float, latency_jitter: float, fail_rate: float, seed: int, sleep: Sleep) -> None:
+    def __init__(
+        self,
+        *,
+        latency_ms: float = 0.0,
+        latency_jitter: float = 0.0,
+        fail_rate: float = 0.0,
+        seed: int = 0,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
         if not 0 <= fail_rate <= 1:
             raise DefinitionError(f"fail_rate is between 0 and 1, not {fail_rate}", fail_rate=fail_rate)
         if latency_ms < 0 or latency_jitter < 0:
@@ -78,6 +97,7 @@ class _Mock:
         self._seed = seed
         self._sleep = sleep
         self._random = random.Random(seed)
+        self._turn = 0
         self.history: list[MockCall] = []
 
     @property
@@ -86,9 +106,23 @@ class _Mock:
         return len(self.history)
 
     def reset(self) -> None:
-        """Forget the calls and start the sequence of answers anew."""
+        """Forget the calls; the first answer and the first random draw come next."""
         self.history.clear()
         self._random = random.Random(self._seed)
+        self._turn = 0
+
+    def _next_of(self, answers: Sequence[str]) -> str:
+        """The answers in turn."""
+        answer = answers[self._turn % len(answers)]
+        self._turn += 1
+        return answer
+
+    async def _in_pieces(self, whole: _Cut, size: int, pause_ms: float) -> AsyncIterator[_Cut]:
+        """`whole` in pieces of `size`, with a pause between them."""
+        for start in range(0, len(whole), size):
+            if start and pause_ms > 0:
+                await self._sleep(pause_ms / 1000)
+            yield whole[start : start + size]
 
     async def _begin(self, request: Any) -> float:
         """Wait out this call's latency, then fail if its turn has come; returns the latency in milliseconds."""
@@ -120,17 +154,11 @@ class MockLLMProvider(_Mock):
         patterns: Mapping[str, str] | None = None,
         echo: bool = False,
         model: str = "mock-model",
-        latency_ms: float = 0.0,
-        latency_jitter: float = 0.0,
-        fail_rate: float = 0.0,
         chunk_size: int = 10,
         chunk_delay_ms: float = 0.0,
-        seed: int = 0,
-        sleep: Sleep = asyncio.sleep,
+        **behaviour: Unpack[Behaviour],
     ) -> None:
-        super().__init__(
-            latency_ms=latency_ms, latency_jitter=latency_jitter, fail_rate=fail_rate, seed=seed, sleep=sleep
-        )
+        super().__init__(**behaviour)
         if not responses:
             raise DefinitionError("at least one response is needed")
         if chunk_size < 1:
@@ -141,12 +169,6 @@ class MockLLMProvider(_Mock):
         self._model = model
         self._chunk_size = chunk_size
         self._chunk_delay_ms = chunk_delay_ms
-        self._turn = 0
-
-    def reset(self) -> None:
-        """Forget the calls; the first response and the first random draw come next."""
-        super().reset()
-        self._turn = 0
 
     async def complete(self, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> LLMResponse:
         """Answer a prompt, or the last user message of a conversation."""
@@ -170,10 +192,8 @@ class MockLLMProvider(_Mock):
     async def stream(self, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> AsyncIterator[str]:
         """The same answer in pieces of `chunk_size` characters, with a pause of `chunk_delay_ms` between them."""
         content = (await self.complete(prompt, **options)).content
-        for start in range(0, len(content), self._chunk_size):
-            if start and self._chunk_delay_ms > 0:
-                await self._sleep(self._chunk_delay_ms / 1000)
-            yield content[start : start + self._chunk_size]
+        async for piece in self._in_pieces(content, self._chunk_size, self._chunk_delay_ms):
+            yield piece
 
     @staticmethod
     def usage(prompt: str, completion: str) -> dict[str, int]:
@@ -187,9 +207,7 @@ class MockLLMProvider(_Mock):
                 return response
         if self._echo:
             return text
-        response = self._responses[self._turn % len(self._responses)]
-        self._turn += 1
-        return response
+        return self._next_of(self._responses)
 
 
 def _prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -211,32 +229,20 @@ class MockSTTProvider(_Mock):
         by_audio: Mapping[bytes, str] | None = None,
         random_confidence: bool = True,
         language: str = "en",
-        latency_ms: float = 0.0,
-        latency_jitter: float = 0.0,
-        fail_rate: float = 0.0,
-        seed: int = 0,
-        sleep: Sleep = asyncio.sleep,
+        **behaviour: Unpack[Behaviour],
     ) -> None:
-        super().__init__(
-            latency_ms=latency_ms, latency_jitter=latency_jitter, fail_rate=fail_rate, seed=seed, sleep=sleep
-        )
+        super().__init__(**behaviour)
         if not transcriptions:
             raise DefinitionError("at least one transcription is needed")
         self._transcriptions = tuple(transcriptions)
         self._by_hash = {self.audio_hash(audio): text for audio, text in (by_audio or {}).items()}
         self._random_confidence = random_confidence
         self._language = language
-        self._turn = 0
 
     @staticmethod
     def audio_hash(audio: bytes) -> str:
         """The key under which a clip is known."""
         return hashlib.sha256(audio).hexdigest()
-
-    def reset(self) -> None:
-        """Forget the calls; the first transcription comes next."""
-        super().reset()
-        self._turn = 0
 
     async def transcribe(self, audio: bytes) -> STTResponse:
         """Hear one clip; the history keeps its hash, not its bytes."""
@@ -244,8 +250,7 @@ class MockSTTProvider(_Mock):
         latency = await self._begin(key)
         text = self._by_hash.get(key)
         if text is None:
-            text = self._transcriptions[self._turn % len(self._transcriptions)]
-            self._turn += 1
+            text = self._next_of(self._transcriptions)
         response = STTResponse(
             text=text,
             confidence=round(self._random.uniform(0.85, 0.99), 4) if self._random_confidence else 0.95,
@@ -270,15 +275,9 @@ class MockTTSProvider(_Mock):
         voice: str = "mock-voice",
         chunk_duration_ms: float = 100.0,
         chunk_delay_ms: float = 0.0,
-        latency_ms: float = 0.0,
-        latency_jitter: float = 0.0,
-        fail_rate: float = 0.0,
-        seed: int = 0,
-        sleep: Sleep = asyncio.sleep,
+        **behaviour: Unpack[Behaviour],
     ) -> None:
-        super().__init__(
-            latency_ms=latency_ms, latency_jitter=latency_jitter, fail_rate=fail_rate, seed=seed, sleep=sleep
-        )
+        super().__init__(**behaviour)
         if sample_rate < 1 or bytes_per_char < 1 or chunk_duration_ms <= 0:
             raise DefinitionError("sample_rate, bytes_per_char and chunk_duration_ms must be above 0")
         self._sample_rate = sample_rate
@@ -310,10 +309,8 @@ class MockTTSProvider(_Mock):
         """The same audio in pieces of `chunk_duration_ms`, with a pause of `chunk_delay_ms` between them."""
         audio = (await self.synthesize(text, voice)).audio
         size = max(2, int(self._sample_rate * self._chunk_duration_ms / 1000) * 2)
-        for start in range(0, len(audio), size):
-            if start and self._chunk_delay_ms > 0:
-                await self._sleep(self._chunk_delay_ms / 1000)
-            yield audio[start : start + size]
+        async for piece in self._in_pieces(audio, size, self._chunk_delay_ms):
+            yield piece
 
 
 class MockAuthProvider(_Mock):
@@ -329,15 +326,9 @@ class MockAuthProvider(_Mock):
         *,
         token_ttl_seconds: float = 3600.0,
         clock: Callable[[], float] = time.time,
-        latency_ms: float = 0.0,
-        latency_jitter: float = 0.0,
-        fail_rate: float = 0.0,
-        seed: int = 0,
-        sleep: Sleep = asyncio.sleep,
+        **behaviour: Unpack[Behaviour],
     ) -> None:
-        super().__init__(
-            latency_ms=latency_ms, latency_jitter=latency_jitter, fail_rate=fail_rate, seed=seed, sleep=sleep
-        )
+        super().__init__(**behaviour)
         self._accept_any = accept_any
         self._ttl = token_ttl_seconds
         self._clock = clock
@@ -366,16 +357,16 @@ class MockAuthProvider(_Mock):
         shown = token[:TOKEN_SHOWN]
         latency = await self._begin(shown)
         claims = self._tokens.get(token)
-        error: ResourceError | None = None
         if claims is None and self._accept_any and token:
             claims = {"sub": "mock-user", "iat": self._clock(), "exp": self._clock() + self._ttl}
-        if claims is None:
-            error = MockInvalidTokenError("the token is not known", token=shown)
-        elif claims["exp"] <= self._clock():
-            error = MockExpiredTokenError("the token has expired", token=shown, expired_at=claims["exp"])
-        if error is not None or claims is None:
+        try:
+            if claims is None:
+                raise MockInvalidTokenError("the token is not known", token=shown)
+            if claims["exp"] <= self._clock():
+                raise MockExpiredTokenError("the token has expired", token=shown, expired_at=claims["exp"])
+        except ResourceError as error:
             self.history.append(MockCall(request=shown, error=str(error), latency_ms=latency))
-            raise error if error is not None else MockInvalidTokenError("the token is not known", token=shown)
+            raise
         self._record(shown, dict(claims), latency)
         return dict(claims)
 
@@ -392,15 +383,9 @@ class MockToolExecutor(_Mock):
         handlers: Mapping[str, Callable[..., Any]] | None = None,
         *,
         default_output: Any = None,
-        latency_ms: float = 0.0,
-        latency_jitter: float = 0.0,
-        fail_rate: float = 0.0,
-        seed: int = 0,
-        sleep: Sleep = asyncio.sleep,
+        **behaviour: Unpack[Behaviour],
     ) -> None:
-        super().__init__(
-            latency_ms=latency_ms, latency_jitter=latency_jitter, fail_rate=fail_rate, seed=seed, sleep=sleep
-        )
+        super().__init__(**behaviour)
         self._handlers = dict(handlers or {})
         self._default = default_output if default_output is not None else {"result": "mock"}
 
