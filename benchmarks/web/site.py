@@ -104,6 +104,8 @@ class _Server(asyncio.Protocol):
         if path == b"/robots.txt":
             return _answer(b"User-agent: *\nDisallow: /private/\n", "text/plain")
         number = path[3:].partition(b".")[0]
+        if not path.startswith(b"/p/") or not number.isdigit():
+            return b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
         return self.answers[int(number) % len(self.answers)]
 
 

@@ -33,6 +33,20 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+#: what an error advises to a program -> what that is on the command line
+_OPTIONS = {
+    "list the host in allow_hosts, or set allow_private=True, if this is meant": "--allow-host HOST, if this is meant",
+    "respect_robots=False, if you may": "--no-robots, if you may",
+}
+
+
+def _one_line(error: StageflowError | OSError) -> str:
+    text = str(error).replace("\n  ->", " ->")
+    for advice, option in _OPTIONS.items():
+        text = text.replace(advice, option)
+    return text
+
+
 def _run(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end; our errors become one line and an exit code."""
     try:
@@ -40,9 +54,9 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except DefinitionError as error:
-        _fail(str(error).replace("\n  ->", " ->"), 2)
+        _fail(_one_line(error), 2)
     except (StageflowError, OSError) as error:
-        _fail(str(error).replace("\n  ->", " ->"), 1)
+        _fail(_one_line(error), 1)
 
 
 def _network_options(command: Command) -> Command:
@@ -120,11 +134,12 @@ def fetch(url: str, as_json: bool, output: str | None, **options: Any) -> None:
 
     async def work() -> FetchResult:
         async with HttpxFetcher(config) as fetcher:
-            return await fetcher.fetch(url)
+            result = await fetcher.fetch(url)
+        if output is not None:
+            await asyncio.to_thread(Path(output).write_bytes, result.body)
+        return result
 
     result = _run(work())
-    if output is not None:
-        Path(output).write_bytes(result.body)
     if as_json:
         click.echo(json.dumps(result.to_dict(), ensure_ascii=False))
     elif output is None:

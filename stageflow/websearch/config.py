@@ -7,9 +7,11 @@ from typing import Any, Self
 import msgspec
 
 from stageflow.core.errors import DefinitionError
+from stageflow.websearch import urls
 
 KIB = 1024
 MIB = 1024 * 1024
+PROXY_SCHEMES = frozenset({"http", "https", "socks5", "socks5h"})
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,6 +111,14 @@ class FetchConfig(Options, frozen=True, kw_only=True):
             raise DefinitionError(f"FetchConfig.timeout_seconds is {self.timeout_seconds!r}; it must be above 0")
         if self.per_host_rate is not None and self.per_host_rate <= 0:
             raise DefinitionError(f"FetchConfig.per_host_rate is {self.per_host_rate!r}; it must be above 0, or None")
+        if self.proxy is not None:
+            scheme, mark, rest = self.proxy.partition("://")
+            if scheme not in PROXY_SCHEMES or not mark or not urls.host_of(f"http://{rest}"):
+                raise DefinitionError(
+                    f"FetchConfig.proxy is {self.proxy!r}; it must be http://, https:// or socks5:// and a host",
+                    field="proxy",
+                    got=self.proxy,
+                )
 
 
 CONTENT_SELECTORS = (

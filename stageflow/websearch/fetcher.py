@@ -167,6 +167,8 @@ class HttpxFetcher:
         require("httpx")
         if self.config.http2:
             require("h2", package="httpx[http2]")
+        if self.config.proxy is not None and self.config.proxy.startswith("socks5"):
+            require("socksio", package="httpx[socks]")
         from httpx import Cookies
 
         from stageflow.websearch.network import CheckedTransport, resolve

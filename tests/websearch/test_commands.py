@@ -38,8 +38,13 @@ def test_failures_are_one_line_and_exit_1(site: Site) -> None:
         last = out.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ")
         assert "Traceback" not in out.output
+    site.page("/", "x")
+    unwritable = run("fetch", site.url, "--allow-private", "-o", "/no/such/folder/file")
+    assert (unwritable.exit_code, unwritable.stderr.count("\n")) == (1, 1)
+    assert "/no/such/folder/file" in unwritable.stderr
     refused = run("fetch", site.url).stderr
     assert "loopback" in refused
+    assert "--allow-host" in refused, "the advice is one for the command line"
     assert len(refused.strip().splitlines()) == 1
 
 
@@ -50,6 +55,9 @@ def test_failures_are_one_line_and_exit_1(site: Site) -> None:
         ("fetch", "http://a.test/", "-H", "no colon"),
         ("fetch", "http://a.test/", "--timeout", "0"),
         ("fetch", "http://a.test/", "--allow-host", "http://x/"),
+        ("fetch", "http://a.test/", "--proxy", "nonsense"),
+        ("fetch", "http://a.test/", "--proxy", "ftp://a.test"),
+        ("fetch", "http://a.test/", "--proxy", "http://"),
         ("crawl",),
         ("crawl", "http://a.test/", "--max-pages", "0"),
         ("extract", "http://a.test/", "--format", "pdf"),

@@ -351,6 +351,38 @@ async def test_a_proxy_gets_the_request_and_private_targets_are_still_refused(si
     assert len(site.requests) == 1
 
 
+async def test_a_socks_proxy_is_told_the_name_and_carries_the_page(site: Site) -> None:
+    pytest.importorskip("socksio")
+    site.page("/page", "through the tunnel")
+    asked: list[bytes] = []
+
+    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        count = (await reader.readexactly(2))[1]
+        await reader.readexactly(count)
+        writer.write(b"\x05\x00")  # no password wanted
+        *_, kind, length = await reader.readexactly(5)
+        assert kind == 3, "a name: the proxy resolves it"
+        asked.append(await reader.readexactly(length + 2))
+        there_in, there_out = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(b"\x05\x00\x00\x01\x7f\x00\x00\x01\x00\x00")
+        there_out.write(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(await there_in.readuntil(b"tunnel"))
+        await writer.drain()
+        for end in (there_out, writer):
+            end.close()
+
+    async def public(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"] if host == "127.0.0.1" else ["93.184.216.34"]
+
+    server = await asyncio.start_server(tunnel, "127.0.0.1", 0)
+    proxied = FetchConfig(
+        proxy=f"socks5://127.0.0.1:{server.sockets[0].getsockname()[1]}", respect_robots=False, retry=NO_RETRY
+    )
+    async with server, HttpxFetcher(proxied, resolver=public) as fetcher:
+        assert (await fetcher.fetch("http://example.test/page")).text == "through the tunnel"
+    assert asked == [b"example.test\x00\x50"]
+
+
 async def test_observers_hear_start_and_end_and_cannot_break_a_fetch(site: Site) -> None:
     site.page("/", "body")
     heard: list[tuple[str, str]] = []

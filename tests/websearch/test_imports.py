@@ -43,6 +43,7 @@ except w.MissingExtraError as error:
 
 WEB = "pip install stageflow[web]"
 FETCH = "asyncio.run(w.HttpxFetcher(w.FetchConfig(http2=True)).fetch('http://a.test/'))"
+SOCKS = "asyncio.run(w.HttpxFetcher(w.FetchConfig(proxy='socks5://a.test:1')).fetch('http://b.test/'))"
 READ = "w.LxmlExtractor().extract('<p>x', 'http://a.test/')"
 CLEVER = "w.TrafilaturaExtractor().extract('<p>', 'http://a.test/')"
 PLAIN = "print(w.FallbackExtractor().extract('<p>plain', 'http://a.test/').markdown)"
@@ -55,6 +56,7 @@ PLAIN = "print(w.FallbackExtractor().extract('<p>plain', 'http://a.test/').markd
         ({"lxml"}, READ, f"SF-WEB-MISSING-EXTRA lxml {WEB}"),
         ({"cssselect"}, READ, f"SF-WEB-MISSING-EXTRA cssselect {WEB}"),
         ({"h2"}, FETCH, "SF-WEB-MISSING-EXTRA h2 pip install httpx[http2]"),
+        ({"socksio"}, SOCKS, "SF-WEB-MISSING-EXTRA socksio pip install httpx[socks]"),
         ({"trafilatura"}, CLEVER, "SF-WEB-MISSING-EXTRA trafilatura pip install stageflow[extract]"),
         ({"httpx", "lxml"}, PLAIN, "plain"),
     ],
