@@ -77,6 +77,12 @@ def pull_count(wanted: int, each: float, room: int, limit: int) -> tuple[int, in
     return fitting, room if fitting else 0
 
 
+def unseen_bytes(limit: int) -> int:
+    """What one result of a stage is taken for until the first has been seen: of a thousand that may start at once, a
+    small budget lets a few go ahead; a large one is not worth the wait."""
+    return min(limit >> 5, 1 << 20)
+
+
 def strictest(policies: Iterable[Policy], view: View) -> str | None:
     """The first policy that says wait; the built-in one is asked first."""
     said = admit(view)

@@ -16,7 +16,7 @@ from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.backpressure import BLOCK_BYTES, View, strictest
+from stageflow.scheduler.backpressure import BLOCK_BYTES, View, strictest, unseen_bytes
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
 from stageflow.scheduler.ranges import NOTHING, first_of, ranges_without, submask, without_stopped
@@ -59,6 +59,14 @@ class BlockRules:
         if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
             return
         held = self._held_back(run, stream)
+        if held is not None and not run.running:  # it would be forced: a deeper one goes first
+            deeper = self._lane_of_deeper(run, stage, lane)
+            if deeper is not None:
+                self._dispatch_lane(deeper, now)
+                if lane.used >= lane.slots or run.ending is not None or not stream.ready_count:
+                    self._offer(run, stream, now)
+                    self._touch(run)
+                    return
         if held is not None and run.running:
             stream.blocked = True
             run.blocked.append(stream)
@@ -66,6 +74,17 @@ class BlockRules:
             return
         self._start_blocks(run, stream, lane, now)
         self._offer(run, stream, now)
+
+    def _lane_of_deeper(self: Machine, run: Run, stage: int, own: Lane) -> Lane | None:
+        """Another lane with room in which a deeper stage of the run waits for its turn."""
+        layout, lanes = run.layout, self.lanes
+        depth = layout.depth[stage]
+        for other in run.streams.values():
+            if other.queued and layout.depth[other.stage] > depth:
+                lane = lanes[layout.lanes[other.stage]]
+                if lane is not own and lane.used < lane.slots:
+                    return lane
+        return None
 
     def _refused(self: Machine, run: Run, stream: Stream, items: int, what: str) -> str | None:
         """Why the stage (or the pull of a source) has to wait for bytes; None when it need not."""
@@ -86,7 +105,8 @@ class BlockRules:
         """Bytes that running some items adds: what a reader decodes, and the results; in another process both exist
         there before they are handed over."""
         crossing = run.layout.lanes[stream.stage] == "process"
-        kept = stream.avg_bytes if stream.readers or stream.keeps else 0.0
+        each = stream.avg_bytes if stream.measured else unseen_bytes(self.memory)
+        kept = each if stream.readers or stream.keeps else 0.0
         return int(bytes_in + (2.0 if crossing else 1.0) * kept * items)
 
     def _start_blocks(self: Machine, run: Run, stream: Stream, lane: Lane, now: float, *, forced: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -116,3 +117,38 @@ def test_everything_is_given_back_after_a_run():
             assert engine.run(graph, {"n": 40, "size": MIB // 2}).success
         machines = [driver.machine for driver in live_drivers if driver.engine is engine]
         assert [(m.live_bytes, m.promised, m.spilling) for m in machines] == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_over_budget_the_deepest_stage_drains_in_whatever_lane(attempt: int) -> None:
+    """Nothing is forced to start in the first lane while a reader behind it waits in another one."""
+    made: list[int] = []
+    ahead: list[int] = []
+    rests = threading.Event()
+
+    class Watcher:
+        def emit(self, event) -> None:
+            if event.type == "engine.sample" and made and not event.data["running"].get("make"):
+                rests.set()
+
+    async def make(n: int) -> bytes:
+        await asyncio.sleep(0.001)
+        made.append(n)
+        return bytes(200_000)
+
+    def take(data: bytes) -> None:
+        if not ahead:  # keep the only reader until making has come to rest
+            rests.wait(20)
+            ahead.append(len(made))
+
+    graph = (
+        PipelineBuilder("drain", inputs={"numbers": list})
+        .map("make", make, "numbers")
+        .sink("take", take, "make", concurrency=1, executor="thread")
+        .build()
+    )
+    graph.run(
+        {"numbers": list(range(300))}, memory_limit="4MB", processes=1, event_sinks=[Watcher()]
+    ).raise_for_failure()
+    assert len(made) == 300
+    assert ahead[0] <= 36, "20 fit; until the first is seen each is taken for a thirty-second of the budget"
