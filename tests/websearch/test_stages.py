@@ -230,6 +230,104 @@ def test_stages_travel_between_processes(site: Site, tmp_path: Path) -> None:
     assert page.markdown == "# x"
 
 
+@pytest.mark.parametrize(("limit", "bounded"), [("4MB", True), ("1GiB", False)])
+def test_fetched_bytes_stay_within_the_budget(site: Site, limit: str, bounded: bool) -> None:
+    size, count = 200_000, 60
+    for number in range(count):
+        site.page(f"/{number}", b"<p>" + b"x" * size)
+    idle = threading.Event()
+    ahead: list[int] = []
+
+    class Watcher:
+        def emit(self, event: Any) -> None:
+            if event.type == "engine.sample" and site.requests and not event.data["running"].get("fetched"):
+                idle.set()
+
+    def hold(result: FetchResult) -> None:
+        if not ahead:  # the first page keeps the only consumer busy until fetching has come to rest
+            idle.wait(30)
+            ahead.append(len(site.requests))
+
+    graph = (
+        PipelineBuilder("budget")
+        .stage("addresses", lambda: [f"{site.url}/{n}" for n in range(count)])
+        .map("fetched", FetchStage(config(site, respect_robots=False)), "addresses")
+        .sink("keep", hold, "fetched", concurrency=1)
+        .build()
+    )
+    graph.run(memory_limit=limit, event_sinks=[Watcher()]).raise_for_failure()
+    assert idle.is_set()
+    if bounded:
+        # until the first page has been seen, each is taken for a thirty-second of the budget
+        assert 2 <= ahead[0] <= 36
+    else:
+        assert ahead[0] == count, "nothing else holds it back"
+    assert len(site.requests) == count
+
+
+LISTED = """
+import sys
+from stageflow import PipelineBuilder
+from stageflow.websearch import ExtractStage, FetchConfig, FetchRetryConfig, FetchStage, JournalSink
+
+url, host = sys.argv[1:]
+out = open("pages.txt", "a")
+
+def write(page):
+    out.write(page.url + "\\n")
+    out.flush()
+
+config = FetchConfig(allow_hosts=(host,), respect_robots=False, retry=FetchRetryConfig(max_retries=0))
+graph = (
+    PipelineBuilder("listed")
+    .stage("addresses", lambda: [f"{url}p/{n}.html" for n in range(150)])
+    .map("fetched", FetchStage(config, journal="list.db"), "addresses")
+    .map("page", ExtractStage(), "fetched")
+    .sink("keep", JournalSink("list.db", write), "page", concurrency=1)
+    .build()
+)
+if __name__ == "__main__":
+    graph.run(processes=1).raise_for_failure()
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGKILL"])
+def test_a_list_of_pages_goes_on_where_it_was_killed(site: Site, tmp_path: Path, signal_name: str) -> None:
+    generated_site(site, 150)
+    (tmp_path / "listed.py").write_text(LISTED)
+    command = [sys.executable, "listed.py", site.url + "/", f"127.0.0.1:{site.port}"]
+    _end_when_written(command, tmp_path, 40, signal_name)
+    finished = Counter((tmp_path / "pages.txt").read_text().split())
+    before = len(site.requests)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=50)
+    written = Counter((tmp_path / "pages.txt").read_text().split())
+    assert set(written) == {f"{site.url}/p/{n}.html" for n in range(150)}
+    # killed between writing a page and noting it, that one page comes again
+    allowed = 1 if signal_name == "SIGKILL" else 0
+    assert sum(written.values()) - 150 <= allowed
+    again = [request.path for request in site.requests[before:] if f"{site.url}{request.path}" in finished]
+    assert len(again) <= allowed, "the server was not asked for a finished page"
+    asked = len(site.requests)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=50)
+    assert len(site.requests) == asked, "and the third time for none"
+
+
+def _end_when_written(command: list[str], folder: Path, count: int, signal_name: str) -> None:
+    """Start the program and send it a signal when it has written so many pages."""
+    pages, pause = folder / "pages.txt", threading.Event()
+    first = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE)
+    try:
+        while not pages.exists() or len(pages.read_text().splitlines()) < count:
+            assert first.poll() is None, first.communicate()
+            pause.wait(0.01)
+        first.send_signal(getattr(signal, signal_name))
+        first.communicate(timeout=30)
+    finally:
+        first.kill()
+        first.communicate()
+    assert first.returncode != 0
+
+
 CRAWLER = """
 import sys
 from stageflow import PipelineBuilder
@@ -265,18 +363,7 @@ def test_a_killed_crawl_neither_loses_nor_repeats_what_it_finished(
     script.write_text(CRAWLER)
     command = [sys.executable, str(script), site.url + "/", f"127.0.0.1:{site.port}"]
     pages = tmp_path / "pages.txt"
-    pause = threading.Event()
-    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-    try:
-        while not pages.exists() or len(pages.read_text().splitlines()) < 40:
-            assert first.poll() is None, first.communicate()
-            pause.wait(0.01)
-        first.send_signal(getattr(signal, signal_name))
-        first.communicate(timeout=30)
-    finally:
-        first.kill()
-        first.communicate()
-    assert first.returncode != 0
+    _end_when_written(command, tmp_path, 40, signal_name)
     with CrawlJournal(tmp_path / "crawl.db") as journal:
         finished = [url for url, _, done in journal.entries() if done]
     assert len(finished) < 150
