@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stageflow.core.kinds import DROP, UNSET, Drop, StageStatus
+from stageflow.core.kinds import DROP, UNSET, Drop, StageKind, StageStatus
 from stageflow.core.output import ErrorInfo, StageArtifact, StageEvent, StageOutput
 
 #: status: (terminal, success, failure)
@@ -29,6 +29,13 @@ def test_what_a_status_counts_as(status):
     assert (status.is_terminal, status.is_success, status.is_failure) == STATUSES[status]
     assert pickle.loads(pickle.dumps(status)) is status
     assert msgspec.json.decode(msgspec.json.encode(status)) == status.value
+
+
+@pytest.mark.parametrize("kind", ["transform", "enrich", "route", "guard", "work", "agent"])
+def test_a_kind_is_its_word(kind):
+    assert str(StageKind(kind)) == StageKind[kind.upper()].value == kind
+    assert msgspec.json.encode(StageKind(kind)) == f'"{kind}"'.encode()
+    assert len(StageKind) == 6
 
 
 @pytest.mark.parametrize("travel", [lambda it: pickle.loads(pickle.dumps(it, 5)), copy.copy, copy.deepcopy])
@@ -108,6 +115,16 @@ def test_an_output_is_the_same_after_a_round_trip(data, reason):
     for output in (StageOutput.ok(data), StageOutput.fail(reason, data=data, retryable=True), StageOutput.skip(reason)):
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(output), type=StageOutput) == output
         assert pickle.loads(pickle.dumps(output, 5)) == output
+
+
+def test_what_is_absent_is_not_written_and_not_missed():
+    assert msgspec.json.encode(StageOutput.ok_empty()) == b"{}"
+    assert msgspec.json.decode(b'{"status": "skip"}', type=StageOutput) == StageOutput(StageStatus.SKIP)
+    written = msgspec.json.decode(msgspec.json.encode(StageOutput.retry("busy")))
+    assert written == {"status": "retry", "error": "busy", "retryable": True}
+    artifact = StageArtifact.new("table", "t1", "Table", [1])
+    assert msgspec.json.decode(msgspec.json.encode(artifact), type=StageArtifact) == artifact
+    assert msgspec.json.decode(msgspec.json.encode(artifact))["metadata"] == {}
 
 
 def test_the_standard_events_of_a_stage():

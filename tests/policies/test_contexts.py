@@ -5,7 +5,17 @@ import os
 
 import pytest
 
-from stageflow import ContextSnapshot, Engine, PipelineBuilder, PipelineContext, RetryConfig, RunIdentity, StageOutput
+from stageflow import (
+    ContextSnapshot,
+    Engine,
+    PipelineBuilder,
+    PipelineContext,
+    RetryConfig,
+    RunIdentity,
+    StageArtifact,
+    StageEvent,
+    StageOutput,
+)
 
 
 def flaky(ctx):
@@ -160,3 +170,40 @@ def test_extensions_reach_every_lane(engine, lane):
     snapshot = snapshot.with_extensions(bundle)
     graph = PipelineBuilder("p").stage("s", reads_extension, executor=lane).build()
     assert engine.run(graph, snapshot=snapshot).data("s") == ({"level": 3}, False)
+
+
+# ---------------------------------------------------------------- what is attached to an output
+
+
+def attaches(ctx):
+    ctx.artifact("table", "t1", "Table", [1, 2], rows=2)
+    output = StageOutput.ok(1).with_events([StageEvent.with_data("seen", {"pages": 3})])
+    return output.with_artifacts([StageArtifact.new("picture", "p1", "Picture")])
+
+
+def test_events_and_artifacts_of_an_output_reach_the_sinks_and_the_result(one, lane, sink):
+    output = one(attaches, lane, run={"event_sinks": [sink]}).outputs["s"]
+    assert [(made.artifact_type, made.id, made.metadata) for made in output.artifacts] == [
+        ("picture", "p1", {}),
+        ("table", "t1", {"rows": 2}),
+    ]
+    assert [(event.stage, event.data) for event in sink.of("seen")] == [("s", {"pages": 3})]
+    told = [(event.stage, event.data["type"], event.data["name"]) for event in sink.of("stage.artifact")]
+    assert told == [("s", "picture", "Picture"), ("s", "table", "Table")]
+
+
+async def test_events_of_a_run_say_whose_it_is():
+    """Ids, mode and topology: what every sink is told at the start, and an emitter with each event."""
+    emitted = []
+    identity = RunIdentity.new().with_request_id("q").with_session_id("s")
+    ctx = PipelineContext(
+        identity, topology="docs", execution_mode="test", emitter=lambda type, data: emitted.append((type, data))
+    )
+    graph = PipelineBuilder("p").stage("s", lambda: 1, executor="async").build()
+    async with Engine() as engine:
+        await engine.execute(graph, ctx=ctx)
+    started = next(data for type, data in emitted if type == "run.started")
+    assert (started["session_id"], started["execution_mode"], started["topology"]) == ("s", "test", "docs")
+    for type, data in emitted:
+        assert (data["request_id"], data["execution_mode"], data["topology"]) == ("q", "test", "docs"), type
+        assert data["pipeline_run_id"] == identity.pipeline_run_id

@@ -128,3 +128,12 @@ def test_every_module_of_the_engine_says_what_it_is_for():
         package = importlib.import_module(f"stageflow.{room}")
         for info in pkgutil.iter_modules(package.__path__):
             assert importlib.import_module(f"stageflow.{room}.{info.name}").__doc__, info.name
+
+
+def test_the_calls_people_know_stay_valid():
+    """The few lines that programs written for the older framework have in common."""
+    assert stageflow.StageOutput.ok_empty().is_success
+    assert stageflow.StageOutput.fail("broken").error == "broken"
+    retry = stageflow.RetryConfig(max_attempts=5, base_delay_ms=1000)
+    assert (retry.max_attempts, retry.base_delay_ms, retry.max_delay_ms) == (5, 1000, 30000)
+    assert stageflow.RunIdentity().with_user_id("user-123").user_id == "user-123"
