@@ -197,8 +197,8 @@ class Driver(Starting, Outcomes, Feeding, Telling):
 
     # ------------------------------------------------------------ runs
 
-    def submit(self, job_of: Callable[[int], Job], *, mode: str, deadline: float | None) -> Job:
-        """Begin a run."""
+    def submit(self, job_of: Callable[[int], Job], *, mode: str, deadline: float | None, waited: int = 0) -> Job:
+        """Begin a run; the attempt `waited` waits for it (0: none of this loop)."""
         self._next_run += 1
         job = job_of(self._next_run)
         self.jobs[job.id] = job
@@ -218,7 +218,7 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             job.trace = current_traceparent() or ""
             if job.header is not None:
                 job.header = Header(job.run_id, extras={TRACE: job.trace})
-        self.signal(sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, job.depth))
+        self.signal(sig.RunSubmitted(job.id, job.run_id, job.code.layout, mode, deadline, listening, waited))
         if job.token is not None:
             self._follow(job, job.token)
         return job

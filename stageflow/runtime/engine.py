@@ -330,10 +330,12 @@ class Engine:
         options: RunOptions,
         index: int | None = None,
         parent: Job | None = None,
+        waited: int = 0,
         parent_run_id: str | None = None,
         depth: int = 0,
     ) -> tuple[_LoopState, Job]:
-        """Start a run on the running loop; `job.finished` has its result."""
+        """Start a run on the running loop; `job.finished` has its result. The attempt `waited` of `parent` waits for
+        it."""
         from stageflow.events.fanout import FanOut
         from stageflow.runtime.job import Job
 
@@ -377,7 +379,7 @@ class Engine:
                     job.parent_run_id = parent_run_id
                 return job
 
-            return state, state.driver.submit(make, mode=str(mode), deadline=options.timeout)
+            return state, state.driver.submit(make, mode=str(mode), deadline=options.timeout, waited=waited)
         except BaseException:
             state.active -= 1
             raise

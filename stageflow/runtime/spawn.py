@@ -72,6 +72,7 @@ async def run_child(
         snapshot=child_snapshot(parent.snapshot, inputs),
         options=RunOptions.make(options),
         parent=parent,
+        waited=task,
         depth=parent.depth + 1,
     )
     parent.children.add(job.id)

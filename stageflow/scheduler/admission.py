@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from stageflow.core.errors import DefinitionError
 from stageflow.pipeline.policies import Policies, Resources
+from stageflow.scheduler.layout import Layout
 
 #: kind of the limit, and which of that kind: ("token", name), ("concurrency", (layout, stage)), ("memory", None), ...
 Limit = tuple[str, Any]
@@ -80,6 +81,21 @@ class Admission:
         if kind == "memory":
             return not self.memory or not self.memory_used or self.memory_used + need <= self.memory
         return not self.cores or not self.cores_used or self.cores_used + need <= self.cores
+
+    def may_pass(self, limit: Limit, entry: Any, lane: str, held: float) -> bool:
+        """Whether an entry would pass a limit if nobody held anything of it but those who hold `held`."""
+        kind, name = limit
+        policies = entry[4].layout.specs[entry[5]].policies
+        if kind == "rate" or not held:
+            return True
+        if kind == "concurrency":
+            return held < (policies.concurrency or 1)
+        assert policies.resources is not None
+        need = next(need for found, need in _needs(policies.resources, lane) if found == limit)
+        if kind == "token":
+            return self.total_tokens[name] - held >= need
+        most = self.memory if kind == "memory" else self.cores
+        return not most or held + need <= most
 
     def _behind(self, limit: Limit, lane: str, entry: Any) -> bool:
         """Whether somebody who waits there has to go first."""
@@ -225,6 +241,15 @@ def _needs(resources: Resources, lane: str) -> Iterator[tuple[Limit, float]]:
         yield ("memory", None), int(resources.memory)
     if resources.cpu and lane != "process":
         yield ("cpu", None), resources.cpu
+
+
+def demands(layout: Layout, stage: int, lane: str) -> Iterator[tuple[Limit, float]]:
+    """What an attempt of a stage holds while it runs, by limit."""
+    policies = layout.specs[stage].policies
+    if policies.concurrency is not None:
+        yield ("concurrency", (layout.key, stage)), 1.0
+    if policies.resources is not None:
+        yield from _needs(policies.resources, lane)
 
 
 def slots_of(policies: Policies, lane: str, slots: int) -> int:

@@ -82,6 +82,8 @@ def _audit_lanes(machine: Machine) -> None:
             held[task.lane] += task.slots
         _check(machine.runs.get(task.run.id) is task.run, "a task belongs to a live run", task.id)
         _check(task.run.tasks.get(task.id) is task, "a run knows its tasks", task.id)
+    holding = {task.id for task in machine.tasks.values() if task.spawning and task.run.layout.limited[task.stage]}
+    _check(set(machine.holders) == holding, "who holds something and waits for a run is known", holding)
     for lane in machine.lanes.values():
         _check(lane.used == held[lane.name], "a slot is used iff a task holds it", lane.name, lane.used, held)
         room = lane.used < lane.slots

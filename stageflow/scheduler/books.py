@@ -45,7 +45,7 @@ class Task(msgspec.Struct, eq=False, gc=False):
     stopping: str | None = None  # "timeout" or the reason of a cancel
     tokens: dict[str, tuple[int, ...]] | None = None
     reported: list[tuple[int, int]] | None = None  # index ranges whose outcome is booked
-    spawning: bool = False
+    spawning: int = 0  # child runs it waits for
     doomed: dict[int, tuple[int, str]] | None = None  # item -> (stage, reason) of its cancel
     slots: int = 1  # of its lane
 
@@ -75,6 +75,7 @@ class Run:
         "live_bytes",
         "mode",
         "open",
+        "parent",
         "plain",
         "previous_delay",
         "pulling",
@@ -105,6 +106,7 @@ class Run:
         self.mode = signal.mode
         self.listening = signal.listening
         self.seq = seq
+        self.parent = signal.parent  # the attempt that waits for it (0 = none)
         self.started_at = now
         self.state = bytearray(layout.size)
         self.waiting = array("i", layout.waits)

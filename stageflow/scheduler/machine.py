@@ -25,6 +25,7 @@ from stageflow.scheduler.admission import Admission, Limit, slots_of
 from stageflow.scheduler.backpressure import Policy
 from stageflow.scheduler.blocks import BlockRules
 from stageflow.scheduler.books import Lane, Run, Task
+from stageflow.scheduler.children import ChildRules
 from stageflow.scheduler.ends import EndRules
 from stageflow.scheduler.flow import FlowRules
 from stageflow.scheduler.folding import FoldRules
@@ -54,6 +55,7 @@ class Machine(
     GuardRules,
     StopRules,
     EndRules,
+    ChildRules,
     TimerRules,
 ):
     """The scheduler of one event loop: any number of runs, one set of lanes.
@@ -88,6 +90,7 @@ class Machine(
         self.pressure = 0
         self.pressure_reason = ""
         self.admission = Admission(tokens or {}, memory, lanes.get("process", 0))
+        self.holders: dict[int, Task] = {}  # attempts that hold something of a limit and wait for child runs
         self._woke = False  # somebody who waited at a limit is in the queue of a lane again
         self.ahead = dict(ahead or {})
         self.seconds: dict[tuple[int, int], float] = {}  # (layout key, stage) -> smoothed seconds of an attempt
@@ -138,7 +141,7 @@ class Machine(
             self._rows = []
             out.append(_COMPLETED(self._rows_of, rows))
         stirred, self._stirred = self._stirred, None
-        if stirred is None or self._mixed or self._touched:
+        if stirred is None or self._mixed or self._touched or self.holders:
             self._mixed = False
             self._dispatch(now)
             return out
@@ -350,6 +353,8 @@ class Machine(
             for lane in lanes:
                 if lane:
                     self._dispatch_lane(lane, now)
+        if self.holders and self.admission.parked and self._free_circles(now):
+            self._dispatch(now)
 
     def _dispatch_lane(self, lane: Lane, now: float) -> None:
         heap, fifo = lane.heap, lane.fifo
@@ -503,6 +508,8 @@ class Machine(
         lane = self.lanes[task.lane]
         if not task.spawning:
             lane.used -= task.slots
+        elif self.holders:
+            self.holders.pop(task.id, None)
         if task.timer:
             self._drop_timer(task.timer)
             task.timer = 0
@@ -512,14 +519,6 @@ class Machine(
             ):
                 self._unpark(limit, now)
         self._touch(run)
-
-    def _on_children(self, signal: sig.ChildrenWait, now: float) -> None:
-        task = self.tasks.get(signal.task)
-        if task is None or task.spawning == signal.waiting:
-            return
-        task.spawning = signal.waiting
-        self.lanes[task.lane].used += -task.slots if signal.waiting else task.slots
-        self._touch(task.run)
 
     def _on_capacity(self, signal: sig.CapacityChanged, now: float) -> None:
         self.lanes[signal.lane].slots = signal.slots

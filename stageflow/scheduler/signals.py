@@ -17,8 +17,7 @@ class Signal(msgspec.Struct, gc=False):
 
 
 class RunSubmitted(Signal):
-    """A run begins. `deadline` is seconds from now; `sizes` maps a map over an input or result to its length where
-    known."""
+    """A run begins. `deadline` is seconds from now; `parent` is the attempt of this machine that waits for it."""
 
     run: int
     run_id: str
@@ -26,7 +25,7 @@ class RunSubmitted(Signal):
     mode: str = "fail_fast"
     deadline: float | None = None
     listening: bool = False
-    depth: int = 0
+    parent: int = 0
 
 
 class AttemptEnded(Signal):
@@ -176,7 +175,7 @@ class StopItem(Signal):
 
 
 class ChildrenWait(Signal):
-    """A running attempt waits for a child run (its slot is free meanwhile), or has stopped waiting."""
+    """A running attempt waits for one more child run (its slot is free meanwhile), or for one less."""
 
     task: int
     waiting: bool

@@ -5,7 +5,16 @@ import time
 
 import pytest
 
-from stageflow import CancellationToken, ContextSnapshot, Engine, PipelineBuilder, RetryConfig, RunIdentity, StageOutput
+from stageflow import (
+    CancellationToken,
+    ContextSnapshot,
+    Engine,
+    PipelineBuilder,
+    Resources,
+    RetryConfig,
+    RunIdentity,
+    StageOutput,
+)
 
 
 def who(ctx):
@@ -187,3 +196,98 @@ async def test_stopping_one_stage_stops_only_its_own_children():
 async def hold_on():
     await asyncio.sleep(0.4)
     return "held on"
+
+
+def needs(n):
+    return n + 1
+
+
+def token_child(lane, **needed):
+    return PipelineBuilder("child").stage("inner", needs, executor=lane, **needed).build()
+
+
+@pytest.mark.parametrize("inner", ["thread", "process", "async", "inline"])
+@pytest.mark.parametrize("outer", ["thread", "async"])
+async def test_a_child_that_needs_its_parents_token_is_told_so_and_does_not_hang(outer, inner):
+    child = token_child(inner, resources=Resources(tokens={"gpu": 1}))
+
+    def waits(ctx):
+        return ctx.spawn_sync(child, {"n": 1}).error
+
+    async def waits_async(ctx):
+        return (await ctx.spawn(child, {"n": 1})).error
+
+    runner = waits if outer == "thread" else waits_async
+    graph = PipelineBuilder("parent").stage("outer", runner, executor=outer, resources=Resources(tokens={"gpu": 1}))
+    async with Engine(threads=1, processes=1, tokens={"gpu": 1}) as engine:
+        result = await asyncio.wait_for(graph.build().execute(engine=engine), 20)
+        assert "stage 'outer'" in result.data("outer")
+        assert "holds the token 'gpu' and waits for its child run" in result.data("outer")
+        assert "stage 'inner' waits for the token 'gpu'" in result.data("outer")
+        again = await child.execute(inputs={"n": 1}, engine=engine)
+        assert again.data("inner") == 2, "the token is free again"
+
+
+async def test_a_subpipeline_that_needs_the_token_of_its_stage_fails_that_stage():
+    child = token_child("thread", resources=Resources(tokens={"gpu": 1}))
+    graph = (
+        PipelineBuilder("parent", inputs={"n": int})
+        .stage("outer", child, resources=Resources(tokens={"gpu": 1}))
+        .build()
+    )
+    async with Engine(threads=1, processes=1, tokens={"gpu": 1}) as engine:
+        result = await asyncio.wait_for(graph.execute(inputs={"n": 1}, engine=engine), 20)
+    assert not result.success
+    assert "holds the token 'gpu'" in result.error
+    assert result.outputs["outer"].error_info.cause.code == "SF-NO-PROGRESS"
+
+
+async def test_a_stage_with_one_turn_that_spawns_its_own_graph():
+    graphs = []
+
+    def again(ctx, n):
+        return ctx.spawn_sync(graphs[0], {"n": n - 1}).error if n else None
+
+    graphs.append(PipelineBuilder("again").stage("again", again, executor="thread", concurrency=1).build())
+    async with Engine(threads=4, processes=1) as engine:
+        result = await asyncio.wait_for(graphs[0].execute(inputs={"n": 1}, engine=engine), 20)
+    assert "holds the turn of its stage (`concurrency`) and waits for its child run" in result.data("again")
+
+
+LAST_SLOT = PipelineBuilder("child").stage("needs", needs, executor="process").build()
+LAST_THREAD = PipelineBuilder("child").stage("needs", needs, executor="thread").build()
+
+
+def spawns_process(n, ctx):
+    return ctx.spawn_sync(LAST_SLOT, {"n": n}).data("needs")
+
+
+def spawns_thread(n, ctx):
+    return ctx.spawn_sync(LAST_THREAD, {"n": n}).data("needs")
+
+
+async def gathers(n, ctx):
+    results = await asyncio.gather(*(ctx.spawn(LAST_THREAD, {"n": n + i}) for i in range(3)))
+    return sum(result.data("needs") for result in results)
+
+
+@pytest.mark.parametrize("lane", ["thread", "process"])
+@pytest.mark.parametrize("runner", [spawns_process, spawns_thread, gathers])
+async def test_the_last_slot_of_a_lane_is_free_while_its_attempt_waits_for_a_child(lane, runner):
+    graph = PipelineBuilder("parent", inputs={"ns": list}).map("outer", runner, "ns", executor=lane).build()
+    async with Engine(threads=1, processes=1) as engine:
+        result = await asyncio.wait_for(graph.execute(inputs={"ns": [1, 2, 3]}, engine=engine), 30)
+    result.raise_for_failure()
+    assert list(result.data("outer")) == ([9, 12, 15] if runner is gathers else [2, 3, 4])
+
+
+def spawns_with_token(ctx):
+    return ctx.spawn_sync(token_child("thread", resources=Resources(tokens={"gpu": 1})), {"n": 1}).success
+
+
+async def test_a_worker_has_no_tokens_of_its_parents_engine_and_says_so():
+    graph = PipelineBuilder("parent").stage("outer", spawns_with_token, executor="process").build()
+    async with Engine(threads=1, processes=1, tokens={"gpu": 1}) as engine:
+        result = await asyncio.wait_for(graph.execute(engine=engine), 30)
+    assert not result.success
+    assert "needs the token 'gpu', which the engine does not have" in result.error
