@@ -373,6 +373,81 @@ class ContextSize(EventData, frozen=True, kw_only=True):
     size_bytes: int = 0
 
 
+class StageArtifactMade(EventData, frozen=True, kw_only=True):
+    """A stage left an artifact beside its data, which stays with its output."""
+
+    type: str = ""
+    id: str = ""
+    name: str = ""
+
+
+class StageMetrics(EventData, frozen=True, kw_only=True):
+    """What `MetricsInterceptor` tells after every attempt."""
+
+    status: str = ""
+    seconds: float = 0.0
+    retryable: bool = False
+    attempt: int = 1
+    lane: str | None = None
+
+
+class CleanupFailed(EventData, frozen=True, kw_only=True):
+    """A cleanup that an attempt had registered did not end well; the others ran."""
+
+    cleanup: str = ""
+    error: str = ""
+
+
+class ImmutabilityViolated(EventData, frozen=True, kw_only=True):
+    """An attempt changed what other stages may be reading."""
+
+    changed: list[str] = []
+
+
+class Circuit(EventData, frozen=True, kw_only=True):
+    """A circuit breaker refuses attempts for `cooldown` seconds, or lets them through again."""
+
+    failures: int = 0
+    cooldown: float = 0.0
+
+
+class GuardrailFound(EventData, frozen=True, kw_only=True):
+    """A guardrail found something, and failed its stage or let it pass. `violations` quote no content."""
+
+    pipeline_run_id: str | None = None
+    request_id: str | None = None
+    execution_mode: str | None = None
+    violation_count: int = 0
+    fail_on_violation: bool = True
+    violations: list[dict[str, Any]] = []
+
+
+class ChunkStream(EventData, frozen=True, kw_only=True):
+    """What happened to a queue of chunks; each type has the fields it needs."""
+
+    queue_size: int = 0
+    max_size: int | None = None
+    reason: str | None = None
+    blocked_ms: float | None = None
+    fill_percentage: float | None = None
+    total_items: int | None = None
+    dropped_items: int | None = None
+    max_queue_size: int | None = None
+    blocked_puts: int | None = None
+    total_blocked_ms: float | None = None
+    drop_rate: float | None = None
+
+
+class SoundBuffer(EventData, frozen=True, kw_only=True):
+    """A buffer of sound ran over, ran dry, or has enough again."""
+
+    duration_ms: float | None = None
+    dropped_bytes: int | None = None
+    dropped_ms: float | None = None
+    requested_ms: float | None = None
+    available_ms: float | None = None
+
+
 class StageWide(Identified, frozen=True, kw_only=True):
     """Everything known about one attempt or one closed stream stage, in one row."""
 
@@ -460,6 +535,12 @@ CATALOGUE: Final[dict[str, type[EventData]]] = {
     names.STAGE_WAITED: StageWaited,
     names.STAGE_LOG: StageLog,
     names.STAGE_PRINT: StagePrint,
+    names.STAGE_ARTIFACT: StageArtifactMade,
+    names.STAGE_METRICS: StageMetrics,
+    names.STAGE_CLEANUP_FAILED: CleanupFailed,
+    names.STAGE_IMMUTABILITY_VIOLATED: ImmutabilityViolated,
+    names.CIRCUIT_OPENED: Circuit,
+    names.CIRCUIT_CLOSED: Circuit,
     names.GUARD_RETRY_ATTEMPT: GuardRetry,
     names.GUARD_RETRY_SCHEDULED: GuardRetry,
     names.GUARD_RETRY_EXHAUSTED: GuardRetry,
@@ -485,6 +566,16 @@ CATALOGUE: Final[dict[str, type[EventData]]] = {
     names.APPROVAL_REQUESTED: ApprovalRequested,
     names.APPROVAL_DECIDED: ApprovalDecided,
     names.CONTEXT_SIZE_RECORDED: ContextSize,
+    names.GUARDRAIL_VIOLATIONS_DETECTED: GuardrailFound,
+    names.GUARDRAIL_FAIL_OPEN: GuardrailFound,
+    names.STREAM_CHUNK_DROPPED: ChunkStream,
+    names.STREAM_PRODUCER_BLOCKED: ChunkStream,
+    names.STREAM_THROTTLE_STARTED: ChunkStream,
+    names.STREAM_THROTTLE_ENDED: ChunkStream,
+    names.STREAM_QUEUE_CLOSED: ChunkStream,
+    names.STREAM_BUFFER_OVERFLOW: SoundBuffer,
+    names.STREAM_BUFFER_UNDERRUN: SoundBuffer,
+    names.STREAM_BUFFER_RECOVERED: SoundBuffer,
     names.STAGE_WIDE: StageWide,
     names.PIPELINE_WIDE: PipelineWide,
 }

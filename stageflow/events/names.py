@@ -25,6 +25,13 @@ STAGE_WAITING: Final = "stage.waiting"
 STAGE_WAITED: Final = "stage.waited"
 STAGE_LOG: Final = "stage.log"
 STAGE_PRINT: Final = "stage.print"
+STAGE_ARTIFACT: Final = "stage.artifact"
+STAGE_METRICS: Final = "stage.metrics"
+STAGE_CLEANUP_FAILED: Final = "stage.cleanup_failed"
+STAGE_IMMUTABILITY_VIOLATED: Final = "stage.immutability_violated"
+
+CIRCUIT_OPENED: Final = "circuit.opened"
+CIRCUIT_CLOSED: Final = "circuit.closed"
 
 GUARD_RETRY_ATTEMPT: Final = "guard_retry.attempt"
 GUARD_RETRY_SCHEDULED: Final = "guard_retry.scheduled"
@@ -56,6 +63,18 @@ APPROVAL_REQUESTED: Final = "approval.requested"
 APPROVAL_DECIDED: Final = "approval.decided"
 
 CONTEXT_SIZE_RECORDED: Final = "context.size_recorded"
+GUARDRAIL_VIOLATIONS_DETECTED: Final = "guardrail.violations_detected"
+GUARDRAIL_FAIL_OPEN: Final = "guardrail.fail_open"
+
+STREAM_CHUNK_DROPPED: Final = "stream.chunk_dropped"
+STREAM_PRODUCER_BLOCKED: Final = "stream.producer_blocked"
+STREAM_THROTTLE_STARTED: Final = "stream.throttle_started"
+STREAM_THROTTLE_ENDED: Final = "stream.throttle_ended"
+STREAM_QUEUE_CLOSED: Final = "stream.queue_closed"
+STREAM_BUFFER_OVERFLOW: Final = "stream.buffer_overflow"
+STREAM_BUFFER_UNDERRUN: Final = "stream.buffer_underrun"
+STREAM_BUFFER_RECOVERED: Final = "stream.buffer_recovered"
+
 STAGE_WIDE: Final = "stage.wide"
 PIPELINE_WIDE: Final = "pipeline.wide"
 

@@ -1,11 +1,13 @@
 """Golden JSON of every event type, and what the catalogue promises about reading it back."""
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 
+import stageflow
 from stageflow.events import names
 from stageflow.events.catalogue import CATALOGUE, EventData, decode_json, encode_json, typed
 from stageflow.events.event import Event
@@ -61,6 +63,21 @@ def _sample(name: str, annotation: object) -> object:
 
 def test_every_emitted_name_has_a_struct() -> None:
     assert _emitted_names() == set(CATALOGUE)
+
+
+def test_every_name_that_is_emitted_in_the_code_is_a_known_one() -> None:
+    """Whoever emits a new event under a literal name has to say what it holds."""
+    emitted = re.compile(r"""(?:emit|_tell|tell|_event|put)\(\s*(?:self\._emit,\s*|ctx,\s*)?"([a-z_]+\.[a-z_]+)\"""")
+    noted = re.compile(r"""\{"type": "([a-z_]+\.[a-z_]+)\"""")
+    found = {
+        name
+        for path in Path(stageflow.__file__).parent.rglob("*.py")
+        if path.parts[-2] not in ("testing", "demo")
+        for pattern in (emitted, noted)
+        for name in pattern.findall(path.read_text())
+    }
+    assert {"stage.artifact", "circuit.opened", "stream.buffer_overflow", "stage.cleanup_failed"} <= found
+    assert found <= set(CATALOGUE), found - set(CATALOGUE)
 
 
 def test_golden_lines_have_not_changed() -> None:

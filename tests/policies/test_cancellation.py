@@ -87,22 +87,30 @@ def dies(ctx, path):
 
 def hangs_with_survivor(ctx, path):
     ctx.defer(write, path, "1", survive=True)
-    time.sleep(30)
+    ctx.emit("ready", {})
+    time.sleep(60)
 
 
 def read(path):
     return path.read_text() if path.exists() else ""
 
 
-class CancelWhenReady:
-    """A sink that cancels a token once a stage says that it is ready."""
+class WhenReady:
+    """A sink that calls a function once a stage says that it is ready."""
 
-    def __init__(self, token):
-        self.token = token
+    def __init__(self, react):
+        self.react = react
 
     def emit(self, event):
         if event.type == "ready":
-            self.token.cancel("enough")
+            self.react()
+
+
+class CancelWhenReady(WhenReady):
+    """A sink that cancels a token once a stage says that it is ready."""
+
+    def __init__(self, token):
+        super().__init__(lambda: token.cancel("enough"))
 
 
 # ---------------------------------------------------------------- tokens
@@ -309,9 +317,13 @@ def test_what_is_to_survive_a_lost_worker_runs_in_the_parent_once_per_attempt(on
     assert result.failures.failures[0].error_info.code == "SF-WORKER-DIED"
 
 
-def test_what_is_to_survive_runs_when_a_timeout_kills_the_worker(one, tmp_path):
+def test_what_is_to_survive_runs_when_a_timeout_kills_the_worker(tmp_path):
     path = tmp_path / "order"
-    one(hangs_with_survivor, "process", {"path": str(path)}, timeout=0.1)
+    clock = VirtualClock()
+    with Engine(processes=1, grace=1.0, clock=clock) as engine:
+        graph = PipelineBuilder("one").stage("s", hangs_with_survivor, executor="process", timeout=5).build()
+        result = engine.run(graph, {"path": str(path)}, event_sinks=[WhenReady(lambda: clock.advance(6))])
+    assert result.outputs["s"].error_info.code == "SF-TIMEOUT"
     assert read(path) == "1"
 
 

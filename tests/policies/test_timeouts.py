@@ -4,16 +4,19 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from stageflow import Engine, PipelineBuilder, RetryConfig, StageTimeoutError
 from stageflow.testing.clock import VirtualClock
+from stageflow.testing.sinks import RecordingSink
 
 
 def obeys(ctx):
     ctx.defer(ctx.emit, "cleaned", {})
+    ctx.emit("too long", {})
     while not ctx.token.cancelled:
         time.sleep(0.002)
     ctx.raise_if_cancelled()
@@ -21,22 +24,25 @@ def obeys(ctx):
 
 async def waits(ctx):
     ctx.defer(ctx.emit, "cleaned", {})
+    ctx.emit("too long", {})
     await asyncio.sleep(60)
 
 
 def deaf(ctx):
-    """Heeds nothing until its time is up twice over."""
-    time.sleep(1.2)
+    """Heeds nothing."""
+    ctx.emit("too long", {})
+    time.sleep(60)
 
 
 def with_child(ctx):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-    ctx.emit("child", {"pid": child.pid})
+    ctx.emit("too long", {"pid": child.pid})
     child.wait()
 
 
 def slow_item(x, ctx):
     if x == 1:
+        ctx.emit("too long", {})
         while not ctx.token.cancelled:
             time.sleep(0.002)
         ctx.raise_if_cancelled()
@@ -45,6 +51,7 @@ def slow_item(x, ctx):
 
 def late_item(x, ctx):
     if x == 1:
+        ctx.emit("too long", {})
         while not ctx.token.cancelled:
             time.sleep(0.002)
     return x
@@ -56,30 +63,62 @@ def late_error(x, ctx):
     return x
 
 
+GRACE = 30.0
+
+
+class Passing(RecordingSink):
+    """Lets so much time pass whenever an attempt says that it is at work on what takes too long."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock = clock
+        self.seconds = seconds
+
+    def emit(self, event):
+        super().emit(event)
+        if event.type == "too long":
+            self.clock.advance(self.seconds)
+
+
+@pytest.fixture(scope="module")
+def virtual():
+    """An engine whose time passes when a test says so: no load of the machine can use it up."""
+    with Engine(processes=1, threads=4, grace=GRACE, clock=VirtualClock()) as engine:
+        yield engine
+
+
+def run_alone(engine, function, lane, seconds, *, run=None, **policies):
+    """Run one function as the stage "s"; its result, and what was told."""
+    sink = Passing(engine.clock, seconds)
+    graph = PipelineBuilder("one").stage("s", function, executor=lane, **policies).build()
+    return engine.run(graph, event_sinks=[sink], **(run or {})), sink
+
+
 @pytest.mark.parametrize("lane", ["async", "thread", "process"])
-def test_an_attempt_that_heeds_its_flag_ends_at_its_timeout(one, lane, sink):
-    result = one(waits if lane == "async" else obeys, lane, timeout=0.1, run={"event_sinks": [sink]})
+def test_an_attempt_that_heeds_its_flag_ends_at_its_timeout(virtual, lane):
+    result, sink = run_alone(virtual, waits if lane == "async" else obeys, lane, 5, timeout=5)
     info = result.outputs["s"].error_info
-    assert (info.code, info.limit, info.lane, info.abandoned) == ("SF-TIMEOUT", 0.1, lane, None)
-    assert info.elapsed >= 0.1
-    assert any(event.type == "cleaned" for event in sink)
+    assert (info.code, info.limit, info.lane, info.abandoned) == ("SF-TIMEOUT", 5.0, lane, None)
+    assert info.elapsed == pytest.approx(5.0)
+    assert sink.of("cleaned")
     with pytest.raises(Exception, match="timeout") as raised:
         result.raise_for_failure()
     assert isinstance(raised.value.__cause__, StageTimeoutError)
-    assert raised.value.__cause__.limit == 0.1
+    assert raised.value.__cause__.limit == 5.0
 
 
-def test_a_process_attempt_that_heeds_nothing_is_killed(one):
-    result = one(deaf, "process", timeout=0.1)
+def test_a_process_attempt_that_heeds_nothing_is_killed(virtual):
+    began = time.monotonic()
+    result, _ = run_alone(virtual, deaf, "process", 5 + GRACE, timeout=5)
     assert result.outputs["s"].error_info.code == "SF-TIMEOUT"
     assert result.abandoned == ()
-    assert result.duration_ms < 1100
+    assert time.monotonic() - began < 50  # it would have slept for 60
 
 
-def test_what_the_stage_started_does_not_outlive_it(one, sink):
-    one(with_child, "process", timeout=0.3, run={"event_sinks": [sink]})
-    (pid,) = [event.data["pid"] for event in sink if event.type == "child"]
-    deadline = time.monotonic() + 10
+def test_what_the_stage_started_does_not_outlive_it(virtual):
+    _, sink = run_alone(virtual, with_child, "process", 5 + GRACE, timeout=5)
+    (pid,) = [event.data["pid"] for event in sink.of("too long")]
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline and alive(pid):
         time.sleep(0.01)
     assert not alive(pid)
@@ -97,21 +136,35 @@ def alive(pid):
         return not os.path.exists("/proc")
 
 
-def test_a_thread_that_will_not_end_is_abandoned_and_named(one):
-    result = one(deaf, "thread", timeout=0.1, retry=RetryConfig(max_attempts=3, base_delay_ms=0))
+@pytest.fixture
+def stubborn():
+    """A function that heeds nothing until the test is over."""
+    release = threading.Event()
+
+    def heeds_nothing(ctx):
+        ctx.emit("too long", {})
+        release.wait(60)
+
+    yield heeds_nothing
+    release.set()
+
+
+def test_a_thread_that_will_not_end_is_abandoned_and_named(virtual, stubborn):
+    retry = RetryConfig(max_attempts=3, base_delay_ms=0)
+    result, _ = run_alone(virtual, stubborn, "thread", 5 + GRACE, timeout=5, retry=retry)
     info = result.outputs["s"].error_info
     assert info.abandoned is True
     assert result.failures.failures[0].attempts == 1  # WORK: its side effects must not happen twice at once
     assert [(one.stage, one.attempt) for one in result.abandoned] == [("s", 1)]
-    assert "deaf" in result.abandoned[0].stack
+    assert "heeds_nothing" in result.abandoned[0].stack
     with pytest.raises(Exception, match="abandoned") as raised:
         result.raise_for_failure()
     assert raised.value.__cause__.abandoned is True
 
 
-def test_a_stage_of_another_kind_is_retried_beside_its_abandoned_attempt(one):
+def test_a_stage_of_another_kind_is_retried_beside_its_abandoned_attempt(virtual, stubborn):
     retry = RetryConfig(max_attempts=2, base_delay_ms=0)
-    result = one(deaf, "thread", timeout=0.05, retry=retry, kind="enrich")
+    result, _ = run_alone(virtual, stubborn, "thread", 5 + GRACE, timeout=5, retry=retry, kind="enrich")
     assert result.failures.failures[0].attempts == 2
     assert [one.attempt for one in result.abandoned] == [1, 2]
 
@@ -124,23 +177,25 @@ def test_an_inline_attempt_cannot_be_interrupted_and_fails_when_it_returns(one):
 
 
 @pytest.mark.parametrize("lane", ["async", "thread", "process"])
-def test_the_time_of_a_run_stops_what_runs_in_it(one, lane):
-    result = one(waits if lane == "async" else obeys, lane, run={"timeout": 0.1})
+def test_the_time_of_a_run_stops_what_runs_in_it(virtual, lane):
+    result, _ = run_alone(virtual, waits if lane == "async" else obeys, lane, 5, run={"timeout": 5})
     assert result.status == "failed"
     assert result.outputs["s"].status == "cancel"
-    assert (result.error_info.code, result.error_info.limit) == ("SF-TIMEOUT", 0.1)
-    assert 0.1 <= result.error_info.elapsed < 5.0
+    assert (result.error_info.code, result.error_info.limit) == ("SF-TIMEOUT", 5.0)
+    assert result.error_info.elapsed == pytest.approx(5.0)
     assert result.abandoned == ()
 
 
 @pytest.mark.parametrize("lane", ["thread", "process"])
 @pytest.mark.parametrize("function", [slow_item, late_item, late_error])
-def test_an_item_that_takes_too_long_is_lost_alone_whatever_it_answers(engine, lane, function):
-    graph = PipelineBuilder("p").map("m", function, over="xs", executor=lane, timeout=0.15).build()
-    result = engine.run(graph, {"xs": [0, 1, 2]}, failure_mode="continue_on_failure")
+def test_an_item_that_takes_too_long_is_lost_alone_whatever_it_answers(virtual, lane, function):
+    # one at a time: the time of the others would pass as well
+    graph = PipelineBuilder("p").map("m", function, over="xs", executor=lane, timeout=5, concurrency=1).build()
+    sink = Passing(virtual.clock, 5)
+    result = virtual.run(graph, {"xs": [0, 1, 2]}, failure_mode="continue_on_failure", event_sinks=[sink])
     assert list(result.data("m")) == [0, 2]
     (failure,) = result.failures
-    assert (failure.item, failure.error_info.code, failure.error_info.limit) == ((1,), "SF-TIMEOUT", 0.15)
+    assert (failure.item, failure.error_info.code, failure.error_info.limit) == ((1,), "SF-TIMEOUT", 5.0)
 
 
 def test_time_in_the_queue_does_not_count():
