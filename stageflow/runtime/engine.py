@@ -226,12 +226,13 @@ class Engine:
             from stageflow.runtime.driver import Driver
             from stageflow.runtime.monitor import Monitor
             from stageflow.runtime.watchdog import Watchdog
+            from stageflow.scheduler.backpressure import countable
             from stageflow.scheduler.machine import Machine
 
             machine = Machine(
                 self.slots(),
                 tokens=self.config.tokens,
-                memory=self.memory_bytes(),
+                memory=countable(self.memory_bytes()),
                 grace=self.config.grace,
                 poison_limit=self.config.poison_limit,
                 ahead={"process": AHEAD},

@@ -21,6 +21,8 @@ SOURCE_SHARE: Final = 0.5
 LAST_SHARE: Final = 0.8
 #: of the limit, above which kept values go to disk
 SPILL_SHARE: Final = 0.5
+#: bytes that allocators keep of values which are gone: 25 MiB with eight threads and two workers, whatever the limit
+HEAPS: Final = 32 << 20
 #: a source whose items were never seen is asked for so many bytes at most (of the limit: one eighth)
 FIRST_SHARE: Final = 0.125
 #: bytes that one block takes in or gives: more would only keep them live for longer, and be promised all at once
@@ -58,6 +60,11 @@ def admit(view: View) -> str | None:
     if view.limit and view.live + view.promised + view.need > view.limit * share(view.depth):
         return "bytes"
     return None
+
+
+def countable(limit: int) -> int:
+    """Of a memory limit, the bytes that values may take: less what heaps keep, at most a quarter of it."""
+    return limit - min(limit >> 2, HEAPS)
 
 
 def pull_bytes(limit: int, live: int, promised: int) -> int:

@@ -18,6 +18,7 @@ from stageflow.scheduler.backpressure import (
     View,
     admit,
     climb,
+    countable,
     pull_bytes,
     pull_count,
     share,
@@ -57,6 +58,13 @@ def test_sources_are_asked_for_what_fits_into_half_of_the_limit():
     assert pull_count(50, 10.0, 0, 1000) == (0, 0)
     assert pull_count(50, 600.0, 500, 1000) == (0, 0)
     assert pull_count(50, 10.0, -5, 0) == (50, 0)
+
+
+def test_what_heaps_keep_is_left_out_of_the_budget():
+    assert countable(0) == 0
+    assert countable(4 * MIB) == 3 * MIB
+    assert countable(128 * MIB) == 96 * MIB
+    assert countable(1024 * MIB) == (1024 - 32) * MIB
 
 
 def test_a_policy_of_ones_own_is_asked_after_ours():
@@ -193,7 +201,7 @@ def test_a_run_under_pressure_says_so_slows_down_and_still_ends(tmp_path):
 
 
 async def holds(x: int) -> int:
-    until = time.thread_time() + 0.4  # a wait for a core is nobody's fault
+    until = time.thread_time() + 1.0  # a wait for a core is nobody's fault
     while time.thread_time() < until:
         pass
     return x
