@@ -489,6 +489,13 @@ def drain_async(iterator: Any, port: WorkerPort) -> Iterator[Any]:
     step = iterator.__aiter__()
     while True:
         try:
-            yield run_coroutine(step.__anext__(), port)
+            value = run_coroutine(step.__anext__(), port)
         except StopAsyncIteration:
             return
+        try:
+            yield value
+        except GeneratorExit:
+            aclose = getattr(step, "aclose", None)
+            if aclose is not None:
+                run_coroutine(aclose())
+            raise

@@ -27,6 +27,7 @@ from stageflow.context.attempt import (
     finish_context_async,
     run_coroutine,
 )
+from stageflow.context.flowing import Flowing
 from stageflow.context.parts import REPORT_SECONDS, ItemPort, Part, merged
 from stageflow.context.pieces import Done, Piece, batch_of, mask_of, mask_to_wire
 from stageflow.context.stage_context import StageContext
@@ -44,14 +45,22 @@ SLICE_SECONDS: Final = 0.04  # a block is given back after this much work: twice
 class ItemProgram(Program):
     """A map or sink stage. `flat` runners are generators that give any number of items per element."""
 
-    __slots__ = ("batch", "flat", "keeps_values", "slices")
+    __slots__ = ("batch", "flat", "flows", "keeps_values", "slices")
 
     def __init__(
-        self, *, batch: bool = False, flat: bool = False, keeps_values: bool = True, slices: bool = True, **rest: Any
+        self,
+        *,
+        batch: bool = False,
+        flat: bool = False,
+        flows: bool = False,
+        keeps_values: bool = True,
+        slices: bool = True,
+        **rest: Any,
     ) -> None:
         super().__init__(**rest)
         self.batch = batch
         self.flat = flat
+        self.flows = flows
         self.keeps_values = keeps_values
         self.slices = slices
 
@@ -115,6 +124,12 @@ class ItemProgram(Program):
                         port, header, snapshot, commons, columns, indices, position, stop, part_started
                     )
                 elapsed = perf() - part_started
+                if part.flowing is not None:
+                    flowing = part.flowing
+                    part = yield from self._flow(header, part, flowing, indices, position, part_started)
+                    part_started = flowing.began
+                    position += 1
+                    break
                 if elapsed > REPORT_SECONDS or port.cancelled() or part.is_big():
                     break
                 if elapsed < REPORT_SECONDS / 4:
@@ -125,6 +140,45 @@ class ItemProgram(Program):
             if port.cancelled() or (self.slices and perf() - started > SLICE_SECONDS):
                 return int(indices[position]), reply
             yield reply
+
+    def _flow(
+        self, header: Header, part: Part, flowing: Flowing, indices: Sequence[int], position: int, started: float
+    ) -> Generator[Reply, None, Part]:
+        """Report an item that gives more than may be held while its generator runs; returns what its end is reported
+        with. The items before it, and the gap, are reported apart: the item is then known by its index alone."""
+        piece, index = part.piece, int(indices[position])
+        path = piece.path(position, index)
+        if position > part.first or index > piece.lo:
+            yield part.reply(indices, position, flowing.began - started, 0.0)
+        last = Part(self, piece, position)
+        last.begun = index
+        failure: BaseException | None = None
+        try:
+            going = True
+            while going:
+                flowing.check(self.check)
+                yield flowing.part(index)
+                if flowing.port.cancelled():
+                    raise StageCancelledError(flowing.port.cancel_reason() or "cancelled")
+                going = flowing.more()
+            last.take(flowing.values, index, path, flowing.ctx)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # as for any item: not the worker's end
+            failure = error
+        finally:
+            flowing.close()
+            finish_context(flowing.ctx)
+        if failure is not None:
+            if flowing.values and not flowing.port.cancelled():
+                yield flowing.part(index)  # what came before the failure, however it was divided into parts
+            stopped = isinstance(failure, asyncio.CancelledError) and flowing.port.cancelled()
+            if stopped or isinstance(failure, StageCancelledError):
+                last.cancel(index, path, failure, header.attempt)
+            else:
+                last.fail(index, path, failure, header.attempt)
+        last.flows = ((index, flowing.told),)
+        return last
 
     def _is_simple(self, columns: int) -> bool:
         """A plain function of the element alone: the loop can run in C."""
@@ -146,8 +200,9 @@ class ItemProgram(Program):
         commons: tuple[Any, ...],
         element: Sequence[Any],
         path: tuple[int, ...] | None,
+        skip: int = 0,
     ) -> tuple[Any, StageContext | None]:
-        """One call of the runner; a flat runner's items come back as a list."""
+        """One call of the runner; a flat runner's items come back as a list, or Flowing if they are too many."""
         plan = self.plan
         ctx = self.context(port, header, snapshot, commons, path) if plan.wants_ctx else None
         args, kwargs = self._arguments(commons, ctx, element)
@@ -155,7 +210,14 @@ class ItemProgram(Program):
             function = self.target() if self.inside is None else self.function(ctx, port)
             result = function(*args, **kwargs)
             if self.flat:
-                result = list(drain_async(result, port) if hasattr(result, "__aiter__") else result)
+                result = drain_async(result, port) if hasattr(result, "__aiter__") else result
+                if self.flows:
+                    flowing = Flowing(result, ctx, port, skip)
+                    if flowing.hold():
+                        return flowing, ctx
+                    result = flowing.values
+                else:
+                    result = list(result)
             elif self.is_async or inspect.isawaitable(result):
                 result = run_coroutine(awaited(result), port)
         except BaseException:

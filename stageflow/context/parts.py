@@ -22,6 +22,7 @@ from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.core.worker import stop_of
 
 if TYPE_CHECKING:
+    from stageflow.context.flowing import Flowing
     from stageflow.context.items import ItemProgram
     from stageflow.core.worker import WorkerPort
 
@@ -64,14 +65,22 @@ class ItemPort:
 
 
 class Part:
-    """Collects the results of consecutive items until they are reported."""
+    """Collects the results of consecutive items until they are reported.
 
-    __slots__ = ("counts", "failures", "first", "piece", "program", "survivors", "values", "whole")
+    `flowing` is the item after them, if it gives more than may be held; `begun` is where a part begins that is not
+    the first of its piece, though none of the piece's items is in an earlier one.
+    """
+
+    __slots__ = ("begun", "counts", "failures", "first", "flowing", "flows", "piece", "program", "survivors", "values",
+                 "whole")  # fmt: skip
 
     def __init__(self, program: ItemProgram, piece: Piece, first: int) -> None:
         self.program = program
         self.piece = piece
         self.first = first
+        self.begun: int | None = None
+        self.flowing: Flowing | None = None
+        self.flows: tuple[tuple[int, int], ...] = ()
         self.values: list[Any] = []
         self.survivors: list[int] = []  # indices; only kept once something did not survive (`whole` is False)
         self.failures: list[ItemFailure] = []
@@ -148,8 +157,11 @@ class Part:
             path = self.piece.path(position, index)
             try:
                 result, ctx = program.call_item(
-                    own, header, snapshot, commons, [column[position] for column in columns], path
+                    own, header, snapshot, commons, [column[position] for column in columns], path, self.piece.skip
                 )
+                if program.flat and type(result) is not list:
+                    self.flowing = result
+                    break
                 self.take(result, index, path, ctx)
             except BaseException as error:  # SystemExit in a stage is that item's failure, not the worker's end
                 stopped = isinstance(error, asyncio.CancelledError) and own.cancelled()
@@ -226,14 +238,17 @@ class Part:
 
     def reply(self, indices: Sequence[int], stop: int, seconds: float, cpu: float) -> Reply:
         """The part as a Reply: items [first, stop) of the piece are finished."""
-        lo = self.piece.lo if self.first == 0 else int(indices[self.first])
+        lo = self.begun
+        if lo is None:
+            lo = self.piece.lo if self.first == 0 else int(indices[self.first])
         hi = self.piece.hi if stop == len(indices) else int(indices[stop])
         if self.whole:
             mask = -1 if self.piece.mask < 0 else mask_of(islice(indices, self.first, stop), lo, hi)
         else:
             mask = mask_of(self.survivors, lo, hi)
         counts = tuple(self.counts) if self.program.flat else None
-        done = Done(((lo, hi, mask_to_wire(mask)),), tuple(self.failures), (), counts, seconds, cpu)
+        ranges = ((lo, hi, mask_to_wire(mask)),)
+        done = Done(ranges, tuple(self.failures), (), counts, seconds, cpu, flows=self.flows)
         has_value = self.program.keeps_values and (bool(self.values) or self.program.flat)
         return Reply(self.values if has_value else None, done, has_value=has_value)
 
@@ -250,6 +265,7 @@ def merged(first: Reply, second: Reply) -> Reply:
         counts,
         a.seconds + b.seconds,
         a.cpu_seconds + b.cpu_seconds,
+        flows=(*a.flows, *b.flows),
     )
     if not first.has_value:
         return Reply(second.value, done, second.has_value)

@@ -26,6 +26,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
     mask: int
     columns: tuple[tuple[int, int | tuple[int, ...]], ...]
     paths: tuple[tuple[int, ...], ...] | None = None
+    skip: int = 0  #: (flat-map, of a single item) values that an earlier attempt has told of
 
     def count(self) -> int:
         """How many items are there."""
@@ -112,7 +113,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     `ranges` are (lo, hi, mask): all indices in [lo, hi) that were asked for are finished; `mask` has the survivors
     (-1 = every index).
     `counts` (flat-map) has the number of items each input item gave, in order. `inner` (region) has (ok, dropped,
-    failed, seconds, CPU seconds) of each of its stages.
+    failed, seconds, CPU seconds) of each of its stages. `flows` (flat-map) has (index, values told of before) of items
+    whose values leave in several parts; a part without ranges is of such an item, which has not ended yet.
     """
 
     ranges: tuple[tuple[int, int, Any], ...]
@@ -122,6 +124,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     inner: tuple[tuple[int, int, int, float, float], ...] | None = None
+    flows: tuple[tuple[int, int], ...] = ()
 
 
 def mask_of(indices: Any, lo: int, hi: int) -> int:

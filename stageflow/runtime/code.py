@@ -332,6 +332,7 @@ class GraphCode:
             program = ItemProgram(
                 batch=spec.policies.batch is not None,
                 flat=spec.is_generator,
+                flows=_flows(spec),
                 keeps_values=spec.role == Role.MAP,
                 slices=spec.kind is StageKind.TRANSFORM,
                 **common,
@@ -345,6 +346,13 @@ class GraphCode:
             program = Program(**common)
         gathers = any(isinstance(source, int) and graph.streams[source] for source in sources)
         return StageCode(program, tuple(sources), _modules(spec), gathers)
+
+
+def _flows(spec: StageSpec) -> bool:
+    """Whether values of an item may leave before its generator has ended: nobody waits for all of them at once."""
+    policies = spec.policies
+    around = policies.idempotency is not None or not all(asks_for_worker(one) for one in policies.interceptors)
+    return spec.is_generator and policies.batch is None and not around
 
 
 def _direct_of(runner: Callable[..., Any]) -> Shipped:

@@ -512,7 +512,7 @@ def _done(meta: Any) -> Done:
 
 
 def _survivors(done: Any) -> bool:
-    return bool(done.ranges)
+    return bool(done.ranges or done.flows)
 
 
 def _located(info: ErrorInfo, lane: str, pid: int, attempt: int) -> ErrorInfo:

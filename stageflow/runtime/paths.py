@@ -54,6 +54,10 @@ def of_block(segments: Any, handles: Mapping[int, Any]) -> dict[int, Path]:
 
 def of_results(known: dict[int, Path], done: Any) -> list[Path]:
     """The paths of the values that a part of a block has brought, in their order."""
+    told = dict(done.flows)
+    if told and not done.ranges:
+        ((index, first),) = done.flows
+        return [(*known[index], k) for k in range(first, first + done.counts[0])]
     failed = {failure.index for failure in done.failures}
     if done.counts is None:
         return [
@@ -65,7 +69,11 @@ def of_results(known: dict[int, Path], done: Any) -> list[Path]:
     asked = sorted(
         index for index in known if index not in failed and any(lo <= index < hi for lo, hi, _ in done.ranges)
     )
-    return [(*known[index], k) for index, count in zip(asked, done.counts, strict=False) for k in range(count)]
+    return [
+        (*known[index], told.get(index, 0) + k)
+        for index, count in zip(asked, done.counts, strict=False)
+        for k in range(count)
+    ]
 
 
 def located(failure: Any, path: Path) -> Any:

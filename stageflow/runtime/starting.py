@@ -225,6 +225,8 @@ class Starting(DriverCounters):
                     msgspec.structs.replace(piece, paths=tuple(p for _, p in of_segment(segment, job.book.handles)))
                     for piece, segment in zip(pieces, action.segments, strict=True)
                 )
+            if action.skip:
+                pieces = tuple(msgspec.structs.replace(piece, skip=action.skip) for piece in pieces)
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
             header = self._header_form(job, action, spec, lane, executor)
             shipped = code.call(lane, job.trace)

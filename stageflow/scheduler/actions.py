@@ -27,7 +27,8 @@ class StartAttempt(Action):
 
 class StartBlock(Action):
     """Run a block of items of a map or sink. `segments` are (lo, hi, mask, ((handle, position or positions), ...)).
-    `region`: take them through these stages, of which `stage` is the first."""
+    `region`: take them through these stages, of which `stage` is the first. `skip`: pass over so many values of the one
+    item, which readers have already."""
 
     task: int
     run: int
@@ -39,6 +40,7 @@ class StartBlock(Action):
     short: bool = False
     tokens: dict[str, tuple[int, ...]] | None = None
     region: tuple[int, ...] | None = None
+    skip: int = 0
 
 
 class StartFold(Action):

@@ -274,6 +274,9 @@ def _audit_values(run: Run) -> None:
                 chunk = entry[1]  # type: ignore[index]
                 if chunk is not None:
                     reads(chunk, 1)
+            for parts in stream.early.values():
+                for chunk, _ in parts:
+                    reads(chunk, 1)
         for task in stream.delayed_folds.values():
             held(task.segments)
         for chunk in stream.kept:

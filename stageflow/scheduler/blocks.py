@@ -142,6 +142,7 @@ class BlockRules:
                 short,
                 task.tokens,
                 self._region_of(run, task, segments, now),
+                self._begun(stream, segments),
             )
         )
 
@@ -211,6 +212,9 @@ class BlockRules:
         run, stream = task.run, task.stream
         assert stream is not None
         assert task.segments is not None
+        if signal.done.flows and not signal.done.ranges:
+            self._take_flow(run, task, stream, signal, now)
+            return
         if signal.final:
             self._drop_task(task, now)
             stream.running -= max(1, task.items)
@@ -345,15 +349,16 @@ class BlockRules:
         stream.done += hi - lo
         if chunk is not None and total:
             chunk.left += 1  # held
+        for index in [index for index in stream.flowed if lo <= index < hi]:
+            del stream.flowed[index]
         frontier.add(lo, (hi, chunk if total else None, at, total))
+        self._release_flow(run, stream, now)
         for found in frontier.take(first_of):
             entry: tuple[int, Chunk | None, int, int] = found  # type: ignore[assignment]
             _, held, start, count = entry
             if held is not None:
-                first = stream.out_next
-                stream.out_next = first + count
-                held.left -= 1
-                self._give(run, stream, first, first + count, -1, held, start, now)
+                self._let_flow(run, stream, held, start, count, now)
+            self._release_flow(run, stream, now)
 
     def _finished(
         self: Machine, run: Run, stream: Stream, lo: int, hi: int, mask: int, chunk: Chunk | None, at: int, now: float
@@ -401,7 +406,9 @@ class BlockRules:
             if signal.error is not None and signal.error.code == "SF-CANCELLED":
                 signal.status = "cancelled"  # a batch that heeded it
             rest = self._spare(run, task, rest, now)
-        if not rest:
+        if stream.flowed and not (stream.shedding or stream.ended):
+            rest = self._begun_apart(run, task, stream, rest, signal, now)
+        if not rest or run.ending is not None:
             return
         if stream.shedding or stream.ended:
             for segment in rest:

@@ -51,7 +51,9 @@ class LossRules:
         )  # fmt: skip
         if status == "fail" and failure.info.type != "stageflow.StageOutput":
             question.status = "error"  # it raised
-        delay = self._retry_delay(run, stage, task.attempt, question, now, policies, (stage, failure.index))
+        delay = None
+        if policies.replayable or failure.index not in stream.flowed:
+            delay = self._retry_delay(run, stage, task.attempt, question, now, policies, (stage, failure.index))
         if delay is not None:
             self._emit(
                 "stage.retrying",
@@ -158,7 +160,8 @@ class LossRules:
             run.first_start.setdefault(key, task.begun)
         # a thread that goes on could run beside its own retry: side effects twice at once
         overlaps = signal.abandoned and run.layout.specs[stream.stage].kind == "work" and policies.idempotency is None
-        delay = None if overlaps else self._retry_delay(run, stream.stage, task.attempt, question, now, policies, key)
+        final = overlaps or (not policies.replayable and any(rest[0].has(index) for index in stream.flowed))
+        delay = None if final else self._retry_delay(run, stream.stage, task.attempt, question, now, policies, key)
         if delay is None and count > 1 and run.ending is None and not overlaps:
             # the guilty alone are lost: run the elements one by one
             for segment in rest:

@@ -28,6 +28,7 @@ from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.children import ChildRules
 from stageflow.scheduler.ends import EndRules
 from stageflow.scheduler.flow import FlowRules
+from stageflow.scheduler.flowing import FlowingRules
 from stageflow.scheduler.folding import FoldRules
 from stageflow.scheduler.fused import RegionRules
 from stageflow.scheduler.guards import GuardRules
@@ -49,6 +50,7 @@ class Machine(
     OutcomeRules,
     FlowRules,
     BlockRules,
+    FlowingRules,
     LossRules,
     FoldRules,
     RegionRules,

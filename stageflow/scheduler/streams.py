@@ -383,10 +383,12 @@ class Stream:
         "done",
         "doomed",
         "dropped",
+        "early",
         "ended",
         "failed",
         "failing",
         "flow_frontier",
+        "flowed",
         "flowing",
         "fold",
         "granted",
@@ -477,6 +479,8 @@ class Stream:
         self.batch_group: list[Segment] = []
         self.batch_frontier: Frontier | None = None
         self.flow_frontier: Frontier | None = None
+        self.flowed: dict[int, int] = {}  # of a flat-map: inputs not ended whose values go on: how many came so far
+        self.early: dict[int, list[tuple[Chunk, int]]] = {}  # those of them whose turn it is not yet: values, count
         self.join: Join | None = None
         self.fold: Fold | None = None
         self.jobs: deque[list[Segment]] = deque()

@@ -43,6 +43,7 @@ class Under:
         self.hung = False
         self.doomed = set()  # items of its block that were asked to stop
         self.at = 0  # items of its block that have been reported
+        self.told = {}  # of a flat-map: items of which some values have been reported, and how many
         self.pieces = []
         self.accumulators = []
 
@@ -95,6 +96,7 @@ class Simulation:
         self.started = Counter()
         self.layouts = {}
         self.sketches = {}
+        self.flowed = 0  # values of flat-maps that were reported before their item had ended
         self.calls = Counter()  # (run, stage, value) -> calls of its runner
         self._handle = 0
 
@@ -422,10 +424,12 @@ class Simulation:
         if under.at < len(rows):
             number = rows[under.at][0]
             mine = [row for row in rows[under.at :] if row[0] == number]
+            if flat and spec.policies.replayable and self.dice.randint(0, 1) and self.tell_of_some(under, mine[0]):
+                return
             take = self.dice.randint(1, len(mine))
             lo, hi, indices, _ = pieces[number]
             first, stop = mine[0][1], mine[0][1] + take
-            lo = lo if first == 0 else indices[first]
+            lo = lo if first == 0 and indices[0] not in under.told else indices[first]
             hi = hi if stop == len(indices) else indices[stop]
             values, failures, counts, mask = [], [], [], 0
             for _, _, index, given in mine[:take]:
@@ -437,6 +441,10 @@ class Simulation:
                     under.hung = True
                     assert len(rows) == 1, "what has a timeout runs alone"
                     return
+                flows = index in under.told or action.skip
+                if flows and status == "ok":
+                    told = under.told.setdefault(index, action.skip)
+                    found = found[told:]
                 if status == "ok":
                     mask |= 1 << (index - lo)
                     values.extend(found if flat else [found])
@@ -458,6 +466,7 @@ class Simulation:
             done = Done(
                 ((lo, hi, mask),), tuple(failures), counts=tuple(counts) if flat else None,
                 seconds=take * self.dice.randint(1, 2000) / 1e6,
+                flows=tuple((row[2], under.told[row[2]]) for row in mine[:take] if row[2] in under.told),
             )  # fmt: skip
             under.at += take
             part = sig.BlockPart(action.task, done, retries=tuple((None, None, self.dice.random()) for _ in failures))
@@ -473,6 +482,26 @@ class Simulation:
         if part.final:
             del self.under[action.task]
         self.send(part)
+
+    def tell_of_some(self, under, row):
+        """Report one more value of an item that has not ended; False when it has no more."""
+        action = under.action
+        number, place, index, given = row
+        spec = self.layouts[action.run].specs[action.stage]
+        status, found = self.call(action, spec, index, {**given, **self.commons(action.run, action.stage)}, True)
+        told = under.told.get(index, action.skip)
+        if status != "ok" or len(found) <= told:
+            return False
+        lo = under.pieces[number][0]
+        if place == 0 and lo < index and index not in under.told:
+            under.told[index] = told
+            self.send(sig.BlockPart(action.task, Done(((lo, index, 0),), counts=())))
+        part = sig.BlockPart(action.task, Done((), counts=(1,), flows=((index, told),)))
+        part.handle, part.nbytes = self.hold(action.run, found[told : told + 1]), SIZE
+        under.told[index] = told + 1
+        self.flowed += 1
+        self.send(part)
+        return True
 
     def call(self, action, spec, index, given, flat):
         try:

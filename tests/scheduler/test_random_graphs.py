@@ -2,6 +2,7 @@
 ends, and where the outcome is determined it is the one that a trivial interpreter works out."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -49,6 +50,28 @@ def test_a_cancel_at_any_moment_ends_every_run_and_leaves_nothing(block):
     for seed in range(20_000 + block * 50, 20_000 + block * 50 + 50):
         simulation, run = simulate(seed, cancel=0.05)
         assert simulation.finished[run].status in ("completed", "failed", "cancelled")
+
+
+@pytest.mark.parametrize("circumstances", [{"deaths": 0.3}, {"memory": 15}, {"cancel": 0.03}, {"stops": 0.05}])
+def test_values_that_go_on_before_their_item_has_ended_come_once_and_in_order(circumstances):
+    flowed, seed = 0, 60_000
+    while flowed < 150:
+        seed += 1
+        dice = random.Random(seed)
+        sketch = random_sketch(dice, most=7, faults="stops" not in circumstances)
+        if not any(one.role == "flat" for one in sketch.stages):
+            continue
+        stages = tuple(
+            replace(one, policies={**one.policies, "replayable": True}) if one.role == "flat" else one
+            for one in sketch.stages
+        )
+        simulation = Simulation(dice, **circumstances)
+        run = simulation.submit(replace(sketch, stages=stages))
+        simulation.run()
+        simulation.check_clean()
+        if "cancel" not in circumstances and "stops" not in circumstances:
+            simulation.check_reference(run)
+        flowed += simulation.flowed
 
 
 @pytest.mark.parametrize("block", range(4))

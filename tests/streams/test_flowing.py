@@ -1,0 +1,129 @@
+"""Items of a flat-map that give more than may be held: their values go on in parts while their generators run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from stageflow import DROP, PipelineBuilder, RetryConfig
+
+AT_ONCE = RetryConfig(max_attempts=3, base_delay_ms=0)
+MANY = 200_000
+
+
+def numbers(n: int):
+    yield from range(n)
+
+
+def spread(x: int):
+    """Item 1 gives MANY, others three."""
+    for k in range(MANY if x == 1 else 3):
+        yield DROP if k % 1000 == 999 else (x, k)
+
+
+def expected(n: int, most: int = MANY) -> list:
+    return [(x, k) for x in range(n) for k in range(most if x == 1 else 3) if k % 1000 != 999]
+
+
+@pytest.mark.parametrize("kind", ["transform", "work"])
+def test_values_arrive_in_order_while_their_generator_runs(engine, kind, tmp_path):
+    gate = tmp_path / "seen"
+
+    def waiting(x: int):
+        for value in spread(x):
+            if value == (1, 150_000):  # the first values are read before the last are made
+                while not gate.exists():
+                    threading.Event().wait(0.001)
+            yield value
+
+    seen = []
+
+    def keep(value) -> None:
+        seen.append(tuple(value))
+        if len(seen) == 100:
+            gate.touch()
+
+    graph = (
+        PipelineBuilder("flow").stage("source", numbers).map("many", waiting, "source", kind=kind)
+        .sink("keep", keep, "many", kind="work", ordered=True).build()
+    )  # fmt: skip
+    result = engine.run(graph, {"n": 4})
+    assert result.success, result.error
+    assert seen == expected(4)
+    assert result.stats["many"].items_out == 4
+
+
+def test_paths_of_values_that_flow_say_their_place(engine):
+    def few(x: int):
+        yield from range(2500 if x == 1 else 2)
+
+    def place(value: int, ctx):
+        return (*ctx.item, value)
+
+    graph = (
+        PipelineBuilder("paths").stage("source", numbers).map("few", few, "source", kind="transform")
+        .map("place", place, "few", kind="work").build()
+    )  # fmt: skip
+    found = engine.run(graph, {"n": 3}).data("place")
+    assert [tuple(one) for one in found] == [(x, k, k) for x in range(3) for k in range(2500 if x == 1 else 2)]
+
+
+def graph_of(runner, **policies):
+    return (
+        PipelineBuilder("again").stage("source", numbers).map("many", runner, "source", kind="transform", **policies)
+        .map("same", lambda value: value, "many", kind="work").build()
+    )  # fmt: skip
+
+
+def failing_once(mark):
+    def many(x: int):
+        for k in range(5000 if x == 1 else 3):
+            if (x, k) == (1, 3210) and not mark.exists():
+                mark.touch()
+                raise ConnectionError("lost")
+            yield x, k
+
+    return many
+
+
+@pytest.mark.parametrize("death", ["raises", "dies"])
+def test_what_gives_the_same_again_goes_on_where_it_stopped(engine, tmp_path, death):
+    mark = tmp_path / "died"
+
+    def dying(x: int):
+        for k in range(5000 if x == 1 else 3):
+            if (x, k) == (1, 3210) and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield x, k
+
+    graph = graph_of(failing_once(mark) if death == "raises" else dying, retry=AT_ONCE, replayable=True)
+    result = engine.run(graph, {"n": 6})
+    assert result.success, result.error
+    wanted = [(x, k) for x in range(6) for k in range(5000 if x == 1 else 3)]
+    assert [tuple(one) for one in result.data("same")] == wanted
+
+
+def test_a_failure_after_values_went_on_is_final(engine, tmp_path):
+    result = engine.run(graph_of(failing_once(tmp_path / "a"), retry=AT_ONCE), {"n": 6}, failure_mode="best_effort")
+    wanted = [(x, k) for x in range(6) for k in range(3210 if x == 1 else 3)]
+    assert [tuple(one) for one in result.data("same")] == wanted
+    assert (result.stats["many"].failed, result.stats["many"].retried) == (1, 0)
+
+
+def test_a_failure_before_is_tried_again(engine, tmp_path):
+    mark = tmp_path / "b"
+
+    def many(x: int):
+        for k in range(900):
+            if (x, k) == (1, 899) and not mark.exists():
+                mark.touch()
+                raise ConnectionError("lost")
+            yield x, k
+
+    result = engine.run(graph_of(many, retry=AT_ONCE), {"n": 3})
+    assert result.success, result.error
+    assert [tuple(one) for one in result.data("same")] == [(x, k) for x in range(3) for k in range(900)]
