@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import signal
 import threading
 
 import pytest
 
-from stageflow import DROP, PipelineBuilder, RetryConfig
+from stageflow import DROP, Engine, PipelineBuilder, RetryConfig
 
 AT_ONCE = RetryConfig(max_attempts=3, base_delay_ms=0)
 MANY = 200_000
@@ -127,3 +129,39 @@ def test_a_failure_before_is_tried_again(engine, tmp_path):
     result = engine.run(graph_of(many, retry=AT_ONCE), {"n": 3})
     assert result.success, result.error
     assert [tuple(one) for one in result.data("same")] == [(x, k) for x in range(3) for k in range(900)]
+
+
+@pytest.mark.parametrize("kind", ["transform", "work"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_flows_without_end_can_be_stopped(engine, kind, whole):
+    def endless(x: int):
+        for k in itertools.count() if x == 1 else range(3):
+            if k > 20_000:
+                threading.Event().wait(0.001)  # it is asked to stop by now, or soon
+            yield k
+
+    seen = []
+
+    async def main():
+        def keep(value: int) -> None:
+            seen.append(value)
+            if len(seen) == 2000:
+                handle.cancel("enough", **({} if whole else {"stage": "endless", "item": 1}))
+
+        graph = (
+            PipelineBuilder("stop").stage("source", numbers).map("endless", endless, "source", kind=kind)
+            .sink("keep", keep, "endless", kind="work", ordered=True).build()
+        )  # fmt: skip
+        async with Engine(processes=2, threads=4, grace=20.0) as own:
+            handle = await own.start(graph, {"n": 4})
+            return await handle
+
+    result = asyncio.run(main())
+    assert seen[:2000] == [0, 1, 2, *range(1997)]
+    if whole:
+        assert result.cancelled
+    else:
+        assert "item [1] of stage 'endless' was cancelled" in result.error
+        assert seen[-6:] == [0, 1, 2, 0, 1, 2]
+        assert seen[3:-6] == list(range(len(seen) - 9))
+        assert (result.stats["endless"].items_out, result.stats["endless"].cancelled) == (3, 1)
