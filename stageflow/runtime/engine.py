@@ -338,6 +338,7 @@ class Engine:
         """Start a run on the running loop; `job.finished` has its result. The attempt `waited` of `parent` waits for
         it."""
         from stageflow.events.fanout import FanOut
+        from stageflow.runtime.handles import ParentSinks
         from stageflow.runtime.job import Job
 
         state = self._state()
@@ -354,9 +355,10 @@ class Engine:
         state.active += 1
         try:
             await self._open_lanes(state, code.needed)
-            sinks = None
+            sinks = parent.sinks if parent is not None else None
             if options.event_sinks:
-                sinks = FanOut(options.event_sinks, redact=self.config.redact, shared=False)
+                above = (ParentSinks(sinks),) if sinks is not None else ()
+                sinks = FanOut((*options.event_sinks, *above), redact=self.config.redact, shared=False)
             self._export(sinks, ready.run_id.pipeline_run_id)
             mode = options.failure_mode or self.config.failure_mode
             seed = options.seed
@@ -401,7 +403,7 @@ class Engine:
     async def end(self, state: _LoopState, job: Job) -> None:
         """The caller has the result: drain the run's sinks, and give the lanes back where nobody else uses them."""
         state.active -= 1
-        if job.sinks is not None:
+        if job.sinks is not None and job.owns_sinks:
             await job.sinks.drain(timeout=self.config.grace)
         if state.active == 0 and not state.held:
             await self._close_state(state)

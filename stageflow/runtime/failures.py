@@ -12,6 +12,7 @@ from typing import Any
 
 from stageflow.core.kinds import FailureMode
 from stageflow.events.event import Event
+from stageflow.events.names import RUN_ENDED
 from stageflow.runtime.result import FailureRecord, FailureSummary
 
 
@@ -28,6 +29,7 @@ class FailureCollector:
         self._skipped: set[str] = set()
         self._cancelled: set[str] = set()
         self._failed_items = 0
+        self._children: set[str | None] = set()  # runs under way
 
     # ------------------------------------------------------------ being told
 
@@ -48,9 +50,14 @@ class FailureCollector:
             self._failed.discard(stage)
 
     def emit(self, event: Event) -> None:
-        """Fold an event of a run."""
+        """Fold an event of a run. Those of its children are theirs: their failure is one of the stage that started
+        them."""
         stage, data = event.stage, event.data
-        if stage is None:
+        if event.type == "run.started" and data.get("parent_run_id") is not None:
+            self._children.add(event.run_id)
+        elif event.type in RUN_ENDED:
+            self._children.discard(event.run_id)
+        if stage is None or event.run_id in self._children:
             return
         if event.type == "stage.completed":
             self.record_completion(stage)

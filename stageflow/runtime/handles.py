@@ -13,6 +13,7 @@ from stageflow.pipeline.spec import Role
 from stageflow.runtime.result import RunResult
 
 if TYPE_CHECKING:
+    from stageflow.events.fanout import FanOut
     from stageflow.runtime.driver import Driver
     from stageflow.runtime.job import Job
 
@@ -98,13 +99,31 @@ class RunHandle:
         return f"<RunHandle {self._job.graph.name!r} {self.run_id} {'done' if self.done else 'under way'}>"
 
 
-class ContextSink:
-    """Passes the events of a run on to the emitter of its PipelineContext."""
+class ParentSinks:
+    """Passes the events of a child run that has sinks of its own on to those of its parent."""
 
-    __slots__ = ("_context",)
+    wants_blocks = True  # they are merged there
+
+    def __init__(self, above: FanOut) -> None:
+        self._above = above
+        self.wants_spans = above.wants_spans
+        for mark in ("exports", "shows_prints", "shows_logs"):
+            setattr(self, mark, any(getattr(sink, mark, False) for sink in above.sinks))
+
+    def emit(self, event: Event) -> None:
+        """Pass it on."""
+        self._above.emit(event)
+
+
+class ContextSink:
+    """Passes the events of a run on to the emitter of its PipelineContext; those of its children with their
+    `child_run_id`."""
+
+    __slots__ = ("_context", "_run_id")
 
     def __init__(self, context: PipelineContext) -> None:
         self._context = context
+        self._run_id: str | None = None  # of the first event
 
     def emit(self, event: Event) -> None:
         """`try_emit_event` with the event's data and where it happened."""
@@ -113,4 +132,9 @@ class ContextSink:
             value = getattr(event, name)
             if value is not None:
                 data[name] = value
+        if event.run_id is not None:
+            if self._run_id is None:
+                self._run_id = event.run_id
+            elif event.run_id != self._run_id:
+                data["child_run_id"] = event.run_id
         self._context.try_emit_event(event.type, data)

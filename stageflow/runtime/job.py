@@ -56,6 +56,7 @@ class Job:
         "index",
         "inputs_wire",
         "listening",
+        "owns_sinks",
         "parent",
         "parent_run_id",
         "paths",
@@ -102,6 +103,7 @@ class Job:
         self.header = Header(run_id) if depth == 0 else None  # of every attempt of which nothing is special
         self.header_wire: Any = None  # the same, encoded
         self.sinks = sinks
+        self.owns_sinks = sinks is not None and (parent is None or sinks is not parent.sinks)
         self.index = index
         self.depth = depth
         self.parent = parent

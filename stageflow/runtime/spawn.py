@@ -2,7 +2,8 @@
 not the reverse.
 
 A child sees its parent's snapshot, with inputs of its own and a run id of its own. Its parent's sinks hear of it:
-`pipeline.spawned_child`, then `pipeline.child_completed` or `pipeline.child_failed`.
+`pipeline.spawned_child`, then `pipeline.child_completed`, `pipeline.child_failed` or `pipeline.child_cancelled`, and
+between them everything that is told of the child, with the child's run id.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ import msgspec
 from stageflow.context.identity import new_run_id
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError
+from stageflow.events import names
 from stageflow.pipeline.graph import StageGraph
 from stageflow.runtime.result import RunResult
 from stageflow.scheduler import signals as sig
 
 if TYPE_CHECKING:
+    from stageflow.events.event import Event
     from stageflow.runtime.driver import Driver
     from stageflow.runtime.job import Job
 
 #: runs below the one the user started; a graph that contains itself would never end
 MAX_DEPTH: Final = 5
+
+_NOT_TOLD: Final = frozenset({names.STAGE_PRINT, names.STAGE_LOG, names.ENGINE_SAMPLE})
 
 
 def child_snapshot(snapshot: ContextSnapshot, inputs: Mapping[str, Any] | None) -> ContextSnapshot:
@@ -49,7 +54,26 @@ def _ended(child_run_id: str, result: RunResult) -> tuple[str, dict[str, Any]]:
     """The event that tells the parent's sinks how the child ended."""
     if result.success:
         return "pipeline.child_completed", {"child_run_id": child_run_id, "duration_ms": result.duration_ms}
-    return "pipeline.child_failed", {"child_run_id": child_run_id, "error": result.error or result.cancel_reason}
+    about = {"child_run_id": child_run_id, "duration_ms": result.duration_ms}
+    if result.cancelled:
+        return "pipeline.child_cancelled", {**about, "reason": result.cancel_reason}
+    return "pipeline.child_failed", {**about, "error": result.error}
+
+
+class _Told:
+    """Sends what is told of a child run on another loop to the sinks of its parent's, as notes of the attempt that
+    started it. What it prints and logs arrives as the attempt's own."""
+
+    __slots__ = ("_heard", "_note")
+
+    def __init__(self, ctx: Any, heard: bool) -> None:
+        self._note = ctx._port.note
+        self._heard = heard
+
+    def emit(self, event: Event) -> None:
+        """Send it."""
+        if event.type not in _NOT_TOLD and not event.type.startswith("worker."):
+            self._note("child", {**msgspec.structs.asdict(event), "heard": self._heard})
 
 
 async def run_child(
@@ -91,9 +115,10 @@ async def run_child(
         await asyncio.wait([job.finished])
         raise
     finally:
+        if job.finished.done() and not job.finished.cancelled() and job.finished.exception() is None:
+            type, data = _ended(job.run_id, job.finished.result())
+            driver._event(type, parent, stage, None, None, None, data)
         await engine.end(state, job)
-    type, data = _ended(job.run_id, result)
-    driver._event(type, parent, stage, None, None, None, data)
     return result
 
 
@@ -182,7 +207,8 @@ def _elsewhere(
     unlink = own.on_cancel(token.cancel) if own is not None else None
     ctx.emit("pipeline.spawned_child", {"child_run_id": child_run_id, "depth": ctx.depth + 1})
     try:
-        chosen = RunOptions.make({**options, "token": token})
+        sinks = (*(options.get("event_sinks") or ()), _Told(ctx, heard=engine is not None))
+        chosen = RunOptions.make({**options, "token": token, "event_sinks": sinks})
         runs = engine if engine is not None else default_engine()
         result: RunResult = runs.run_child(graph, snapshot, chosen, parent_run_id=ctx.run_id, depth=ctx.depth + 1)
     finally:

@@ -191,6 +191,8 @@ class Telling(DriverCounters):
         }
         if job.trace:
             data["traceparent"] = job.trace
+        if job.parent_run_id is not None:
+            data["parent_run_id"] = job.parent_run_id
         if len(specs) <= 10_000:
             data.update(job.code.outline())
         data.update(job.identity.ids())
@@ -245,6 +247,8 @@ class Telling(DriverCounters):
                 action.lane,
                 dict(data.get("data") or {}),
             )
+        elif kind == "child":
+            self._child_told(job, data)
         elif kind == "defer":
             job.survivors.setdefault(call_id, {})[data["index"]] = (data["call"], data.get("name"))
         elif kind == "deferred":
@@ -256,6 +260,18 @@ class Telling(DriverCounters):
                 now, attempt = self.clock.time_ns(), action.attempt
                 said = Event(f"stage.{kind}", now, self._seq, job.run_id, name, None, attempt, action.lane, fields)
                 self.relay.tell(said, job.sinks, self.events)
+
+    def _child_told(self: Driver, job: Job, data: Mapping[str, Any]) -> None:
+        """An event of a child run on another loop: the books of its parent have no part in it, its sinks do."""
+        self._seq += 1
+        fields = dict(data)
+        heard = fields.pop("heard")  # by the engine's own sinks
+        item = fields["item"]
+        event = Event(**{**fields, "seq": self._seq, "item": tuple(item) if item is not None else None})
+        if job.sinks is not None:
+            job.sinks.emit(event)
+        if self.events.listening and not heard:
+            self.events.emit(event)
 
     def _run_survivors(self: Driver, job: Job, task: int) -> None:
         """The worker is lost: the cleanups that were to survive it run here, last registered first."""
@@ -280,7 +296,7 @@ class Telling(DriverCounters):
         for job in self.jobs.values():
             event = Event(type, self.clock.time_ns(), self._seq, job.run_id, lane="process", data=dict(data))
             job.stats.add(event)
-            if job.sinks is not None:
+            if job.sinks is not None and job.owns_sinks:
                 job.sinks.emit(event)
 
     def loop_blocked(self: Driver, seconds: float, codes: list[Any], stack: str) -> None:

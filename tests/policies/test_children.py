@@ -9,12 +9,15 @@ from stageflow import (
     CancellationToken,
     ContextSnapshot,
     Engine,
+    FailureCollector,
     PipelineBuilder,
+    PipelineContext,
     Resources,
     RetryConfig,
     RunIdentity,
     StageOutput,
 )
+from stageflow.testing.sinks import RecordingSink
 
 
 def who(ctx):
@@ -23,6 +26,7 @@ def who(ctx):
 
 def until_asked(ctx):
     ctx.defer(ctx.emit, "child.cleaned", {})
+    ctx.emit("child.waits", {})
     while not ctx.token.cancelled:
         time.sleep(0.002)
     return ctx.token.reason
@@ -291,3 +295,120 @@ async def test_a_worker_has_no_tokens_of_its_parents_engine_and_says_so():
         result = await asyncio.wait_for(graph.execute(engine=engine), 30)
     assert not result.success
     assert "needs the token 'gpu', which the engine does not have" in result.error
+
+
+# ---------------------------------------------------------------- what the parent's sinks hear
+
+
+def tells(ctx):
+    ctx.emit("said", {"depth": ctx.depth})
+    return 1
+
+
+TELLING = PipelineBuilder("telling").stage("tells", tells).build()
+
+
+def spawns_telling(ctx):
+    return ctx.spawn_sync(TELLING, {}).run_id
+
+
+async def spawns_telling_async(ctx):
+    return (await ctx.spawn(TELLING, {})).run_id
+
+
+@pytest.mark.parametrize("at", ["run", "engine"])
+@pytest.mark.parametrize(
+    ("stage", "lane"),
+    [
+        (spawns_telling, "thread"),
+        (spawns_telling, "process"),
+        (spawns_telling, "inline"),
+        (spawns_telling_async, "async"),
+        (TELLING, "subpipeline"),
+    ],
+)
+def test_a_childs_events_reach_the_parents_sinks_once_with_its_own_id(sink, stage, lane, at):
+    builder = PipelineBuilder("p")
+    if lane == "subpipeline":
+        builder.subpipeline("s", stage)
+    else:
+        builder.stage("s", stage, executor=lane)
+    with Engine(processes=1, event_sinks=[sink] if at == "engine" else []) as engine:
+        result = engine.run(builder.build(), event_sinks=[sink] if at == "run" else [])
+    (spawned,) = sink.of("pipeline.spawned_child")
+    child = spawned.data["child_run_id"]
+    if lane != "subpipeline":
+        assert result.data("s") == child
+    told = [event for event in sink if event.run_id == child and not event.type.startswith(("worker.", "engine."))]
+    assert [(event.type, event.stage) for event in told if event.type != "stage.attempt"] == [
+        ("run.started", None),
+        ("stage.started", "tells"),
+        ("said", "tells"),
+        ("stage.completed", "tells"),
+        ("run.completed", None),
+    ]
+    assert told[0].data["parent_run_id"] == result.run_id
+    assert sink.of("said")[0].data == {"depth": 1}
+    assert result.stats["s"].attempts == 1
+    assert set(result.stats) == {"s"}
+
+
+def test_a_child_with_sinks_of_its_own_is_heard_by_both(engine, sink):
+    own = type(sink)()
+
+    async def spawns_with_sink(ctx):
+        return (await ctx.spawn(TELLING, {}, event_sinks=[own])).run_id
+
+    graph = PipelineBuilder("p").stage("s", spawns_with_sink).build()
+    child = engine.run(graph, event_sinks=[sink]).data("s")
+    for heard in (own, sink):
+        assert [event.run_id for event in heard.of("said")] == [child]
+    assert {event.run_id for event in own if event.run_id is not None} == {child}
+
+
+@pytest.mark.parametrize(
+    ("stage", "lane"),
+    [(spawns_slow, "thread"), (spawns_slow, "process"), (spawns_slow_async, "async"), (SLOW, "subpipeline")],
+)
+def test_a_child_that_was_stopped_is_told_as_cancelled(engine, stage, lane):
+    builder = PipelineBuilder("p")
+    if lane == "subpipeline":
+        builder.subpipeline("s", stage)
+    else:
+        builder.stage("s", stage, executor=lane)
+    token = CancellationToken()
+
+    class Stops(RecordingSink):
+        """Cancels the parent once the child is at work."""
+
+        def emit(self, event):
+            super().emit(event)
+            if event.type == "child.waits":
+                token.cancel("enough")
+
+    sink = Stops()
+    result = engine.run(builder.build(), token=token, event_sinks=[sink])
+    assert (result.status, result.cancel_reason) == ("cancelled", "enough")
+    (ended,) = [event for event in sink if event.type.startswith("pipeline.child_")]
+    assert (ended.type, ended.stage, ended.data["reason"]) == ("pipeline.child_cancelled", "s", "enough")
+    assert ended.run_id == result.run_id
+    assert [event.run_id for event in sink.of("child.cleaned")] == [ended.data["child_run_id"]]
+
+
+def test_a_collector_of_failures_counts_the_stage_and_not_its_childs(engine):
+    collector = FailureCollector()
+    result = engine.run(PipelineBuilder("p").stage("n", lambda: 1).subpipeline("sub", BAD).build(),
+                        event_sinks=[collector])  # fmt: skip
+    assert [failure.stage for failure in result.failures] == [failure.stage for failure in collector.failures()]
+
+
+async def test_an_emitter_is_told_which_child_an_event_is_of():
+    emitted = []
+    ctx = PipelineContext(emitter=lambda type, data: emitted.append((type, data)))
+    async with Engine() as engine:
+        await engine.execute(PipelineBuilder("p").subpipeline("sub", TELLING).build(), ctx=ctx)
+    ((_, spawned),) = [one for one in emitted if one[0] == "pipeline.spawned_child"]
+    ((_, said),) = [one for one in emitted if one[0] == "said"]
+    assert (said["pipeline_run_id"], said["child_run_id"]) == (ctx.pipeline_run_id(), spawned["child_run_id"])
+    ended = next(data for type, data in emitted if type == "stage.completed" and data["stage"] == "sub")
+    assert "child_run_id" not in ended

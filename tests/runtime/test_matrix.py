@@ -409,6 +409,39 @@ def test_what_is_stopped_is_not_retried_and_cleaned_up(engine, tmp_path, lane, s
         assert result.cancel_reason == "enough"
 
 
+#: what is stopped while the child of a stage hangs -> (stage's status, run's status)
+PARENTS = {
+    "stage": (lambda handle: handle.cancel("enough", stage="parent"), "fail", "failed"),
+    "run":   (lambda handle: handle.cancel("enough"), "cancel", "cancelled"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("stop", PARENTS)
+@pytest.mark.parametrize("retry", [False, True], ids=["once", "retry"])
+def test_a_child_is_stopped_and_cleaned_up_with_its_parent(engine, tmp_path, lane, stop, retry):
+    react, status, run_status = PARENTS[stop]
+    child = PipelineBuilder("child").stage("acts", Acts("hang", str(tmp_path)), executor=lane, kind=KIND[lane]).build()
+    graph = (
+        PipelineBuilder("matrix")
+        .subpipeline("parent", child, **({"retry": RETRY} if retry else {}))
+        .stage("beside", lambda: "ran", executor="async")
+        .build()
+    )
+    sink = Watching(react)
+    result = start(engine, graph, sink, failure_mode="continue_on_failure")
+    assert (str(result.outputs["parent"].status), result.status) == (status, run_status)
+    assert (seen(tmp_path, "entered"), seen(tmp_path, "cleaned")) == (1, 1)
+    assert not sink.of("stage.retrying")
+    (spawned,) = sink.of("pipeline.spawned_child")
+    (ended,) = sink.of("pipeline.child_cancelled")
+    assert (ended.stage, ended.data["child_run_id"]) == ("parent", spawned.data["child_run_id"])
+    assert ended.data["reason"] == "enough"
+    over = [event.run_id for event in sink.of("run.cancelled") if event.run_id != result.run_id]
+    assert over == [spawned.data["child_run_id"]]
+    assert result.abandoned == ()
+
+
 #: (mode, what) -> status of the stage behind, of the one beside, of the run
 MODES = {
     ("continue_on_failure", "exception"): ("skip", "ok", "failed"),
