@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
 
 SLICE_SECONDS: Final = 0.04  # a block is given back after this much work: twice what the largest is meant to take
+GROUP: Final = 512  # calls between two looks at the clock, at most
+BRIEF_GROUP: Final = 16  # the same of stages that may wait outside, where the other items could wait side by side
 
 
 class ItemProgram(Program):
     """A map or sink stage. `flat` runners are generators that give any number of items per element."""
 
-    __slots__ = ("batch", "flat", "flows", "keeps_values", "slices")
+    __slots__ = ("batch", "flat", "flows", "group", "keeps_values")
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class ItemProgram(Program):
         flat: bool = False,
         flows: bool = False,
         keeps_values: bool = True,
-        slices: bool = True,
+        brief: bool = False,
         **rest: Any,
     ) -> None:
         super().__init__(**rest)
@@ -62,7 +64,7 @@ class ItemProgram(Program):
         self.flat = flat
         self.flows = flows
         self.keeps_values = keeps_values
-        self.slices = slices
+        self.group = BRIEF_GROUP if brief else GROUP
 
     # ------------------------------------------------------------ threads and processes
 
@@ -133,11 +135,11 @@ class ItemProgram(Program):
                 if elapsed > REPORT_SECONDS or port.cancelled() or part.is_big():
                     break
                 if elapsed < REPORT_SECONDS / 4:
-                    group = min(group * 8, 512)
+                    group = min(group * 8, self.group)
             reply = part.reply(indices, position, perf() - part_started, time.thread_time() - cpu_started)
             if position >= total:
                 return None, reply
-            if port.cancelled() or (self.slices and perf() - started > SLICE_SECONDS):
+            if port.cancelled() or perf() - started > SLICE_SECONDS:
                 return int(indices[position]), reply
             yield reply
 
@@ -316,14 +318,15 @@ class ItemProgram(Program):
         if self.batch:
             return await self._run_batch_async(port, header, snapshot, list(pieces), args, commons)
         whole: Reply | None = None
+        until = time.perf_counter() + SLICE_SECONDS
         own: ItemPort | None = None
         if len(pieces) > 1 or pieces[0].count() > 1:
             own = ItemPort(port)
             port.on_cancel(partial(_end_item, own, asyncio.current_task()))
         for piece in pieces:
-            reply = await self._run_piece_async(port, own, header, snapshot, piece, args, commons)
+            reply = await self._run_piece_async(port, own, header, snapshot, piece, args, commons, until)
             whole = reply if whole is None else merged(whole, reply)
-            if port.cancelled():
+            if port.cancelled() or time.perf_counter() > until:
                 break
         return whole if whole is not None else Reply(None, Done(()), has_value=False)
 
@@ -336,10 +339,13 @@ class ItemProgram(Program):
         piece: Piece,
         args: tuple[Any, ...],
         commons: tuple[Any, ...],
+        until: float,
     ) -> Reply:
-        started = time.perf_counter()
+        perf = time.perf_counter
+        started = perf()
         columns = [piece.column(number, args) for number in range(len(piece.columns))]
         indices = piece.indices()
+        simple = self.target() if self._is_simple(len(columns)) and self.inside is None else None
         part = Part(self, piece, 0)
         place = 0
         for place, index in enumerate(indices):
@@ -347,9 +353,14 @@ class ItemProgram(Program):
             if own is not None:
                 own.index = index
             try:
-                result, ctx = await self._call_async(
-                    own or port, header, snapshot, commons, [c[place] for c in columns], path
-                )
+                if simple is None:
+                    result, ctx = await self._call_async(
+                        own or port, header, snapshot, commons, [c[place] for c in columns], path
+                    )
+                else:
+                    result, ctx = simple(columns[0][place]), None
+                    if inspect.isawaitable(result):
+                        result = await result
                 part.take(result, index, path, ctx)
             except StageCancelledError as error:
                 part.cancel(index, path, error, header.attempt)
@@ -359,9 +370,9 @@ class ItemProgram(Program):
                 part.cancel(index, path, StageCancelledError("cancelled"), header.attempt)
             except (Exception, SystemExit) as error:
                 part.fail(index, path, error, header.attempt)
-            if port.cancelled():
-                break  # the rest is run again without the item that was to stop
-        return part.reply(indices, place + 1, time.perf_counter() - started, 0.0)
+            if port.cancelled() or perf() > until:
+                break  # the rest is run again, without the item that was to stop
+        return part.reply(indices, place + 1, perf() - started, 0.0)
 
     async def _run_batch_async(
         self,

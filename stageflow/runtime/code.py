@@ -334,7 +334,7 @@ class GraphCode:
                 flat=spec.is_generator,
                 flows=_flows(spec),
                 keeps_values=spec.role == Role.MAP,
-                slices=spec.kind is StageKind.TRANSFORM,
+                brief=spec.kind is not StageKind.TRANSFORM,
                 **common,
             )
         elif spec.role == Role.REDUCE and spec.reduce is not None:

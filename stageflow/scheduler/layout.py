@@ -175,8 +175,10 @@ class Layout:
         if not (timed or strict or around) and spec.role in (Role.MAP, Role.SINK):
             if spec.kind is StageKind.TRANSFORM:
                 self.block[i] = BLOCKS
-            elif self.lanes[i] == "thread":
-                self.block[i] = BRIEF
+            elif self.lanes[i] == "thread" or (
+                self.lanes[i] in ("async", "inline") and not (spec.is_async or spec.is_generator)
+            ):
+                self.block[i] = BRIEF  # coroutines wait side by side, and a worker that is lost loses one item
 
     def _unread(self, i: int) -> bool:
         return not self.readers.get(i) and i not in self.collectors
