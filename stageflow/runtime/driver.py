@@ -67,6 +67,7 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         self.recorder: list[tuple[float, list[Any]]] | None = None  # a turn's time and signals, for `audit.replay`
         self.policies = policies  # interceptors and idempotency: `stageflow.runtime.around`
         self.engine = engine
+        self.memory_limit: int = engine.memory_bytes() if engine is not None else machine.memory  # as it was given
         self.failing = FailingBlocks()
         self.sampler = Sampler(self)
         self.relay = Relay()

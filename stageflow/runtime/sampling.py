@@ -101,7 +101,7 @@ class Sampler:
         return {
             "rss_bytes": rss + sum(workers.values()),
             "live_bytes": driver.machine.live_bytes,
-            "memory_limit": driver.machine.memory or None,
+            "memory_limit": driver.memory_limit or None,
             "machine_available": available_bytes(),
             "cpu_percent": round(percent, 1),
             "loop_lag_ms": round(lag * 1000.0, 3),

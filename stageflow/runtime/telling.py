@@ -186,7 +186,7 @@ class Telling(DriverCounters):
         data: dict[str, Any] = {
             "pipeline": graph.name,
             "workers": self.machine.lanes["process"].slots,
-            "memory_limit": self.machine.memory or None,
+            "memory_limit": self.memory_limit or None,
             "monotonic": self.clock.monotonic(),
         }
         if job.trace:
