@@ -10,7 +10,6 @@ from __future__ import annotations
 import dis
 import functools
 import hashlib
-import importlib.metadata
 import site
 import sys
 import sysconfig
@@ -216,6 +215,8 @@ def _is_local(module: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _distributions() -> Mapping[str, list[str]]:
+    import importlib.metadata  # 12 ms, for the few runs that ask for a version
+
     return importlib.metadata.packages_distributions()
 
 
@@ -236,6 +237,8 @@ def _version_of(top: str) -> str:
 
 
 def _versions(names: Any) -> Iterator[str]:
+    import importlib.metadata
+
     for name in sorted(set(names)):
         try:
             yield importlib.metadata.version(name)
