@@ -8,7 +8,10 @@ from typing import Any
 
 from stageflow.core.errors import DefinitionError
 from stageflow.pipeline.graph import StageGraph
-from stageflow.runtime.engine import Engine, _no_running_loop, default_engine, split_options
+from stageflow.runtime.default import default_engine
+from stageflow.runtime.engine import Engine
+from stageflow.runtime.loops import no_running_loop
+from stageflow.runtime.options import split_options
 from stageflow.runtime.result import RunResult
 
 
@@ -33,7 +36,7 @@ def run(
     **config: Any,
 ) -> RunResult:
     """Run once and block."""
-    _no_running_loop("run", "result = await graph.execute(inputs=...)")
+    no_running_loop("run", "result = await graph.execute(inputs=...)")
     of_run, of_engine = split_options(config)
     private = _private(engine, of_engine)
     if private is not None:

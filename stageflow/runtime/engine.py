@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import contextvars
 import itertools
 import os
-import sys
 import threading
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from stageflow.context.cancellation import CancellationToken
-from stageflow.context.identity import RunIdentity, new_run_id
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, LaneClosedError
 from stageflow.core.executor import Executor
-from stageflow.core.kinds import FailureMode
-from stageflow.pipeline.names import did_you_mean
 from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
+from stageflow.runtime.loops import LoopState, OwnLoops, no_running_loop
+from stageflow.runtime.options import RunOptions, from_context, only_run_keys, snapshot_of
 
 # What runs a graph (driver, scheduler, lanes, events) is imported by the methods that need it: a script that only
 # builds a pipeline, or is still parsing its arguments, does not wait for it.
@@ -34,7 +27,6 @@ if TYPE_CHECKING:
     from stageflow.events.fanout import FanOut
     from stageflow.pipeline.graph import StageGraph
     from stageflow.runtime.code import GraphCode
-    from stageflow.runtime.driver import Driver
     from stageflow.runtime.handles import RunHandle
     from stageflow.runtime.job import Job
     from stageflow.runtime.result import RunResult
@@ -52,7 +44,6 @@ IN_WORKER: Final = "STAGEFLOW_IN_WORKER"
 #: process tasks per worker that are handed over ahead of need when they are short
 AHEAD: Final = 2
 
-RUN_KEYS: Final = ("failure_mode", "token", "timeout", "max_in_flight", "event_sinks", "metadata", "seed")
 _scopes = itertools.count(1)
 
 
@@ -60,52 +51,6 @@ def load(path: str) -> Any:
     """What "module:name" names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
-
-
-class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What applies to one run only."""
-
-    failure_mode: FailureMode | None = None
-    token: CancellationToken | None = None
-    timeout: float | None = None
-    max_in_flight: int | None = None
-    event_sinks: tuple[Any, ...] = ()
-    metadata: dict[str, Any] = {}
-    seed: int | None = None
-    about: dict[str, str] = {}  #: service, topology and execution mode of the context it was started with
-
-    @classmethod
-    def make(cls, options: Mapping[str, Any]) -> RunOptions:
-        """From keywords; DefinitionError for a value that cannot be."""
-        made = dict(options)
-        mode = made.get("failure_mode")
-        if mode is not None:
-            try:
-                made["failure_mode"] = FailureMode(mode)
-            except ValueError:
-                raise DefinitionError(
-                    f"failure_mode is {mode!r}", hint=f"give one of {', '.join(FailureMode)}", field="failure_mode"
-                ) from None
-        timeout = made.get("timeout")
-        if timeout is not None and (not isinstance(timeout, int | float) or timeout <= 0):
-            raise DefinitionError(f"timeout is {timeout!r}", hint="give seconds above 0", field="timeout")
-        made["event_sinks"] = tuple(made.get("event_sinks") or ())
-        made["metadata"] = dict(made.get("metadata") or {})
-        return cls(**made)
-
-
-class _LoopState:
-    """What an engine has on one event loop."""
-
-    __slots__ = ("active", "driver", "held", "lanes", "loop", "opening")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
-        self.loop = loop
-        self.driver = driver
-        self.lanes: dict[str, Executor] = {}
-        self.active = 0
-        self.held = False  # kept open between runs: inside `async with`, or a loop of the engine's own
-        self.opening = asyncio.Lock()
 
 
 class Engine:
@@ -139,8 +84,8 @@ class Engine:
         self._scope = next(_scopes)
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._states: dict[int, _LoopState] = {}
-        self._runners: dict[int, asyncio.Runner] = {}
+        self._states: dict[int, LoopState] = {}
+        self._own = OwnLoops()
         self._supply: Any = None
         self._in_worker = bool(os.environ.get(IN_WORKER))
         self._slots: dict[str, int] | None = None
@@ -215,7 +160,7 @@ class Engine:
 
     # ------------------------------------------------------------ loops
 
-    def _state(self) -> _LoopState:
+    def _state(self) -> LoopState:
         """What the engine has on the running loop."""
         self._check_open()
         loop = asyncio.get_running_loop()
@@ -243,7 +188,7 @@ class Engine:
             )
             if type(self.clock) is RealClock:
                 driver.watchers = (Monitor(driver, self.config.ladder), Watchdog(loop, driver.loop_blocked))
-            state = self._states[id(loop)] = _LoopState(loop, driver)
+            state = self._states[id(loop)] = LoopState(loop, driver)
             return state
 
     def _policies(self) -> Any:
@@ -252,7 +197,7 @@ class Engine:
             self._around = load("stageflow.runtime.around:Around")(self)
         return self._around
 
-    async def _open_lanes(self, state: _LoopState, lanes: Iterable[str]) -> None:
+    async def _open_lanes(self, state: LoopState, lanes: Iterable[str]) -> None:
         missing = [lane for lane in lanes if lane not in state.lanes]
         if not missing:
             return
@@ -280,7 +225,7 @@ class Engine:
             )
         return made
 
-    async def _close_state(self, state: _LoopState) -> None:
+    async def _close_state(self, state: LoopState) -> None:
         """Stop what runs on this loop and give back its lanes."""
         driver = state.driver
         for job in list(driver.jobs.values()):
@@ -306,22 +251,6 @@ class Engine:
                 "the engine belongs to another process (this one was forked)", hint="make a new engine here"
             )
 
-    def _snapshot(
-        self, graph: StageGraph, inputs: Mapping[str, Any] | None, snapshot: ContextSnapshot | None, options: RunOptions
-    ) -> ContextSnapshot:
-        """The snapshot of a run: inputs merged in, an id given, required inputs checked."""
-        made = snapshot if snapshot is not None else ContextSnapshot()
-        if inputs:
-            made = made.with_inputs(inputs)
-        if options.metadata:
-            made = msgspec.structs.replace(made, metadata={**made.metadata, **options.metadata})
-        if made.run_id.pipeline_run_id is None:
-            identity: RunIdentity = msgspec.structs.replace(made.run_id, pipeline_run_id=new_run_id())
-            made = made.with_run_id(identity)
-        if graph.inputs:
-            _check_inputs(graph, made.inputs)
-        return made
-
     async def begin(
         self,
         graph: StageGraph,
@@ -334,7 +263,7 @@ class Engine:
         waited: int = 0,
         parent_run_id: str | None = None,
         depth: int = 0,
-    ) -> tuple[_LoopState, Job]:
+    ) -> tuple[LoopState, Job]:
         """Start a run on the running loop; `job.finished` has its result. The attempt `waited` of `parent` waits for
         it."""
         from stageflow.events.fanout import FanOut
@@ -349,7 +278,7 @@ class Engine:
             state = self._state()
             state.held = held
         code = self.code(graph)
-        ready = self._snapshot(graph, inputs, snapshot, options)
+        ready = snapshot_of(graph, inputs, snapshot, options)
         for spec in graph.specs if state.driver.machine.admission.total_tokens or code.layout.has_resources else ():
             state.driver.machine.admission.check(spec.name, spec.policies)
         state.active += 1
@@ -400,7 +329,7 @@ class Engine:
             if any(getattr(sink, "exports", False) for sink in sinks.sinks):
                 self._exporter.leave(run_id)
 
-    async def end(self, state: _LoopState, job: Job) -> None:
+    async def end(self, state: LoopState, job: Job) -> None:
         """The caller has the result: drain the run's sinks, and give the lanes back where nobody else uses them."""
         state.active -= 1
         if job.sinks is not None and job.owns_sinks:
@@ -419,9 +348,9 @@ class Engine:
     ) -> RunResult:
         """Run `graph` once on the running loop. Cancelling the caller cancels the run and waits until it has
         stopped."""
-        chosen = RunOptions.make(_only_run_keys(options))
+        chosen = RunOptions.make(only_run_keys(options))
         if ctx is not None:
-            snapshot, chosen = _from_context(ctx, snapshot, chosen)
+            snapshot, chosen = from_context(ctx, snapshot, chosen)
         state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
         job.context = ctx
         return await self._to_end(state, job)
@@ -437,9 +366,9 @@ class Engine:
     ) -> RunHandle:
         """Begin a run on the running loop and return at once: `await handle` has its result, `handle.cancel(reason,
         stage=...)` stops it, one stage of it or one item."""
-        chosen = RunOptions.make(_only_run_keys(options))
+        chosen = RunOptions.make(only_run_keys(options))
         if ctx is not None:
-            snapshot, chosen = _from_context(ctx, snapshot, chosen)
+            snapshot, chosen = from_context(ctx, snapshot, chosen)
         state, job = await self.begin(graph, inputs, snapshot=snapshot, options=chosen)
         job.context = ctx
         task = state.loop.create_task(self._to_end(state, job))
@@ -449,7 +378,7 @@ class Engine:
 
         return RunHandle(state.driver, job, task)
 
-    async def _to_end(self, state: _LoopState, job: Job) -> RunResult:
+    async def _to_end(self, state: LoopState, job: Job) -> RunResult:
         """Wait for a run that was begun, and give back what it used."""
         try:
             result = await self._await(state, job)
@@ -459,7 +388,7 @@ class Engine:
             job.context.mark_cancelled(result.cancel_reason or "cancelled")
         return result
 
-    async def _await(self, state: _LoopState, job: Job) -> RunResult:
+    async def _await(self, state: LoopState, job: Job) -> RunResult:
         try:
             return await asyncio.shield(job.finished)
         except asyncio.CancelledError:
@@ -481,8 +410,8 @@ class Engine:
     ) -> RunResult:
         """Run `graph` once and block. In the main thread Ctrl-C drains the run within the grace and raises
         KeyboardInterrupt with the result as its `result`; a second one stops at once."""
-        _no_running_loop("run", "result = await graph.execute(inputs=...)")
-        chosen = RunOptions.make(_only_run_keys(options))
+        no_running_loop("run", "result = await graph.execute(inputs=...)")
+        chosen = RunOptions.make(only_run_keys(options))
         result: RunResult = self._on_own_loop(self._run(graph, inputs, snapshot, chosen))
         return result
 
@@ -490,7 +419,7 @@ class Engine:
         self, graph: StageGraph, snapshot: ContextSnapshot, options: RunOptions, *, parent_run_id: str, depth: int
     ) -> RunResult:
         """Run `graph` as the child of a run of another process, and block: `ctx.spawn` in a worker."""
-        _no_running_loop("run_child", "await ctx.spawn(...)")
+        no_running_loop("run_child", "await ctx.spawn(...)")
         result: RunResult = self._on_own_loop(
             self._run(graph, None, snapshot, options, parent_run_id=parent_run_id, depth=depth)
         )
@@ -520,21 +449,7 @@ class Engine:
     def _on_own_loop(self, coroutine: Any) -> Any:
         """Run a coroutine on the loop that the engine keeps for this thread."""
         self._check_open()
-        thread = threading.get_ident()
-        with self._lock:
-            runner = self._runners.get(thread)
-            if runner is None:
-                runner = self._runners[thread] = asyncio.Runner(loop_factory=loop_factory())
-        try:
-            # the caller's own variables, such as its span, not those of whoever made the loop
-            return runner.run(self._held(coroutine), context=contextvars.copy_context())
-        finally:
-            if threading.current_thread() is not threading.main_thread():
-                # nobody tells when another thread ends: do not keep a loop for it
-                with self._lock:
-                    self._runners.pop(thread, None)
-                runner.run(self._leave_loop())
-                runner.close()
+        return self._own.run(self._held(coroutine), self._leave_loop)
 
     async def _held(self, coroutine: Any) -> Any:
         try:
@@ -570,7 +485,7 @@ class Engine:
     ) -> AsyncIterator[RunResult]:
         """Run once per snapshot (or input mapping), pulled lazily; at most `max_in_flight` at once. Results carry
         `index`."""
-        chosen = RunOptions.make(_only_run_keys(options))
+        chosen = RunOptions.make(only_run_keys(options))
         most = max_in_flight or chosen.max_in_flight or self.config.max_in_flight or max(8, 2 * self.slots()["process"])
         from stageflow.runtime.streaming import stream_runs
 
@@ -586,7 +501,7 @@ class Engine:
         **options: Any,
     ) -> Iterator[RunResult]:
         """`stream` for code without an event loop."""
-        _no_running_loop("run_many", "async for result in graph.stream(...)")
+        no_running_loop("run_many", "async for result in graph.stream(...)")
         results = self.stream(graph, snapshots, ordered=ordered, max_in_flight=max_in_flight, **options)
         step = results.__aiter__()
 
@@ -624,13 +539,8 @@ class Engine:
         if self.closed or self._pid != os.getpid():
             self.closed = True
             return
-        _no_running_loop("close", "await engine.aclose()")
-        with self._lock:
-            runners, self._runners = dict(self._runners), {}
-        for runner in runners.values():
-            with contextlib.suppress(RuntimeError):
-                runner.run(self._leave_loop())
-            runner.close()
+        no_running_loop("close", "await engine.aclose()")
+        self._own.close(self._leave_loop)
         self._finish_close()
 
     async def aclose(self) -> None:
@@ -638,14 +548,9 @@ class Engine:
         if self.closed:
             return
         await self._leave_loop()
-        with self._lock:
-            runners, self._runners = dict(self._runners), {}
 
         def close_others() -> None:
-            for runner in runners.values():
-                with contextlib.suppress(RuntimeError):
-                    runner.run(self._leave_loop())
-                runner.close()
+            self._own.close(self._leave_loop)
             self._finish_close()
 
         await asyncio.get_running_loop().run_in_executor(None, close_others)
@@ -670,140 +575,7 @@ class Engine:
         self.events.close()
 
 
-# ---------------------------------------------------------------- the default engine
-
-_default: Engine | None = None
-_default_lock = threading.Lock()
-
-
-def default_engine() -> Engine:
-    """The engine of this process for runs that name none; made on first use, closed at exit."""
-    global _default
-    with _default_lock:
-        if _default is None or _default.closed or _default._pid != os.getpid():
-            _default = Engine()
-        return _default
-
-
-def close_default_engine() -> None:
-    """Close the default engine; the next run makes a new one."""
-    global _default
-    with _default_lock:
-        engine, _default = _default, None
-    if engine is not None:
-        with contextlib.suppress(DefinitionError):
-            engine.close()
-
-
-def _forget_default() -> None:
-    global _default, _default_lock
-    _default = None
-    _default_lock = threading.Lock()
-
-
-atexit.register(close_default_engine)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_default)
-
-
-# ---------------------------------------------------------------- helpers
-
-
-def loop_factory() -> Any:
-    """uvloop where there is one, else asyncio's own loop."""
-    if sys.platform == "win32":
-        return None
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords of `run` apart: of the run, and of a private engine. Unknown ones are a DefinitionError."""
-    of_run: dict[str, Any] = {}
-    of_engine: dict[str, Any] = {}
-    for name, value in options.items():
-        if name in RUN_KEYS:
-            of_run[name] = value
-        elif name in EngineConfig.__struct_fields__:
-            of_engine[name] = value
-        else:
-            known = (*RUN_KEYS, *EngineConfig.__struct_fields__)
-            raise DefinitionError(
-                f"run() has no option {name!r}", hint=did_you_mean(name, known, what="Options"), option=name
-            )
-    return of_run, of_engine
-
-
-def _only_run_keys(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in options:
-        if name not in RUN_KEYS:
-            if name in EngineConfig.__struct_fields__:
-                raise DefinitionError(
-                    f"{name!r} is a setting of an engine, and this engine is made already",
-                    hint=f"give it to Engine({name}=...)",
-                    option=name,
-                )
-            raise DefinitionError(
-                f"a run has no option {name!r}", hint=did_you_mean(name, RUN_KEYS, what="Options"), option=name
-            )
-    return options
-
-
-def _no_running_loop(what: str, instead: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise DefinitionError(f"{what}() blocks and an event loop is running in this thread", hint=instead)
-
-
 def _size(limit: int | str | None) -> int | None:
     from stageflow.pipeline.policies import parse_size
 
     return None if limit is None else parse_size(limit)
-
-
-def _check_inputs(graph: StageGraph, given: Mapping[str, Any]) -> None:
-    missing = [name for name in graph.inputs if name not in given]
-    if not missing:
-        return
-    name = missing[0]
-    users = []
-    for spec in graph.specs:
-        if spec.over_input == name:
-            users.append(f"stage {spec.name!r} goes over it")
-        users.extend(
-            f"parameter {binding.param!r} of stage {spec.name!r}"
-            for binding in spec.bindings
-            if binding.source == "input" and binding.ref == name
-        )
-    near = did_you_mean(name, [*given, *graph.index], what="Given inputs and stages")
-    others = f"; also missing: {', '.join(map(repr, missing[1:]))}" if len(missing) > 1 else ""
-    raise DefinitionError(
-        f"pipeline {graph.name!r} needs the input {name!r} ({'; '.join(users[:3]) or 'declared'}){others}",
-        hint=f"give it as run({{{name!r}: ...}}), or name a stage {name!r}. {near}",
-        input=name,
-        missing=tuple(missing),
-    )
-
-
-def _from_context(
-    ctx: PipelineContext, snapshot: ContextSnapshot | None, options: RunOptions
-) -> tuple[ContextSnapshot, RunOptions]:
-    """A run started with a PipelineContext has its identity, is cancelled with it, and emits its events there."""
-    made = snapshot if snapshot is not None else ContextSnapshot()
-    if made.run_id.pipeline_run_id is None:
-        made = made.with_run_id(ctx.run_id)
-    token = getattr(ctx, "token", None)
-    if options.token is None and isinstance(token, CancellationToken):
-        options = msgspec.structs.replace(options, token=token)
-    if ctx.emits:
-        from stageflow.runtime.handles import ContextSink
-
-        options = msgspec.structs.replace(options, event_sinks=(*options.event_sinks, ContextSink(ctx)))
-    said = {"service": ctx.service, "topology": ctx.topology(), "execution_mode": ctx.execution_mode()}
-    about = {name: str(value) for name, value in said.items() if value}
-    return made, msgspec.structs.replace(options, about=about)

@@ -87,7 +87,7 @@ async def run_child(
     task: int,
 ) -> RunResult:
     """Run `graph` as a child of `parent`, started by its attempt `task`, on the same loop."""
-    from stageflow.runtime.engine import RunOptions
+    from stageflow.runtime.options import RunOptions
 
     _check_depth(stage, parent.depth)
     engine = driver.engine
@@ -197,7 +197,8 @@ def _elsewhere(
 ) -> RunResult:
     """A child run on another loop than its parent's: in a worker (`engine` None: its default one), or beside an
     inline stage. Events and cancellation cross as the attempt's own."""
-    from stageflow.runtime.engine import RunOptions, default_engine
+    from stageflow.runtime.default import default_engine
+    from stageflow.runtime.options import RunOptions
 
     _check_depth(ctx.stage_name, ctx.depth)
     snapshot = child_snapshot(ctx.snapshot, inputs)

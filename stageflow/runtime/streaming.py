@@ -14,7 +14,8 @@ from stageflow.pipeline.graph import StageGraph
 from stageflow.runtime.result import RunResult
 
 if TYPE_CHECKING:
-    from stageflow.runtime.engine import Engine, RunOptions
+    from stageflow.runtime.engine import Engine
+    from stageflow.runtime.options import RunOptions
 
 
 async def stream_runs(

@@ -35,6 +35,7 @@ from stageflow.scheduler.guards import GuardRules
 from stageflow.scheduler.losses import LossRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
 from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
+from stageflow.scheduler.sourcing import SourceRules
 from stageflow.scheduler.states import ALLOWED, StageState
 from stageflow.scheduler.stops import StopRules
 from stageflow.scheduler.streams import Stream
@@ -49,6 +50,7 @@ class Machine(
     PlainRules,
     OutcomeRules,
     FlowRules,
+    SourceRules,
     BlockRules,
     FlowingRules,
     LossRules,

@@ -139,7 +139,8 @@ class PipelineBenchmark:
                 above the stored median.
             StageFailedError: a run failed: there is nothing to measure.
         """
-        from stageflow.runtime.engine import Engine, split_options
+        from stageflow.runtime.engine import Engine
+        from stageflow.runtime.options import split_options
 
         of_run, of_engine = split_options(config)
         if engine is not None and of_engine:
