@@ -3,10 +3,12 @@
 import collections
 import dataclasses
 import datetime
+import decimal
 import enum
 import pickle
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, NotRequired, TypedDict, TypeVar
 
@@ -16,6 +18,7 @@ import numpy as np
 import pydantic
 import pytest
 
+from stageflow.contracts import nodes
 from stageflow.contracts.checker import Checker, checker_for, compile_contract, schema_of, yield_type
 from stageflow.core.errors import ContractViolationError, DefinitionError
 
@@ -278,3 +281,43 @@ print([name for name in sys.modules if name.startswith(above)])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad", "path"),
+    [
+        (dict[str, bytes], {f"w{i}": b"x" for i in range(500)}, {"a": b"x", "b": "text"}, "$.b"),
+        (list[bytes], [b"x"] * 500, [b"x", b"x", 3], "$[2]"),
+        (tuple[decimal.Decimal, ...], (decimal.Decimal(1),) * 500, (decimal.Decimal(1), 1.0), "$[1]"),
+        (dict[uuid.UUID, int], {uuid.uuid4(): i for i in range(500)}, {uuid.UUID(int=1): True}, "[UUID("),
+        (Mapping[str, bytes], {f"w{i}": b"x" for i in range(500)}, {"a": None}, "$.a"),
+    ],
+)
+def test_items_whose_class_says_it_all_are_not_judged_one_by_one(
+    annotation: Any, good: Any, bad: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker = checker_for(annotation)
+    assert checker is not None
+    judged: list[Any] = []
+    convert = nodes.convert
+
+    def counting(value: Any, *args: Any, **kwargs: Any) -> Any:
+        judged.append(value)
+        return convert(value, *args, **kwargs)
+
+    monkeypatch.setattr(nodes, "convert", counting)
+    assert checker.check(good) is good
+    assert len(judged) <= 2, "a walk over five hundred items"
+    with pytest.raises(ContractViolationError) as raised:
+        checker.check(bad)
+    assert path in raised.value.path
+
+
+def test_an_instance_of_a_subclass_is_still_judged_beside_items_whose_class_says_it_all() -> None:
+    class Path(bytes):
+        pass
+
+    checker = checker_for(dict[str, bytes])
+    assert checker is not None
+    value = {"a": b"x", "b": Path(b"y")}
+    assert checker.check(value) is value
