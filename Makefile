@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench bench-quick bench-check clean
+.PHONY: help demo test check rules types pytest soak bench bench-quick bench-check clean
 
 help:
 	@sed -n '/^# *make/s/^# *//p; /^# PYTHON/s/^# //p' Makefile
@@ -28,14 +28,22 @@ help:
 demo: $(VENV)/.web
 	@$(BIN)/stageflow demo $(ARGS)
 
-test: check
-	@$(BIN)/python -m pytest -q $(ARGS)
+# Types are checked beside the first tests: the one takes one core, the others seldom both.
+test: rules
+	@$(MAKE) --no-print-directory -j2 types pytest
 
-check: $(VENV)/.dev
+check: rules types
+
+rules: $(VENV)/.dev
 	@$(BIN)/ruff format --check --quiet . || { echo "make check: run '$(BIN)/ruff format .'" >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log; exit 1; }
+
+types: $(VENV)/.dev
+	@$(BIN)/mypy --no-error-summary
+
+pytest: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q $(ARGS)
 
 soak: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -m soak $(ARGS)

@@ -7,6 +7,7 @@ never returns), faulthandler ends the process half a minute later, with stacks o
 
 import asyncio
 import faulthandler
+import gc
 import inspect
 import os
 import signal
@@ -42,6 +43,12 @@ _async_test: _AsyncTest | None = None
 def pytest_configure(config: pytest.Config) -> None:
     # Descriptor 2 is redirected while a test runs; here it is still the terminal.
     config.stash[_real_stderr] = os.fdopen(os.dup(2), "w", buffering=1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there now stays: a test that collects garbage need not walk every module and every test once more."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,4 +1,5 @@
-"""Run CPython's own tests of `concurrent.futures` against ours: `python cpython_suite.py FOLDER MODULE walltime|quick`.
+"""Run CPython's own tests of `concurrent.futures` against ours:
+`python cpython_suite.py FOLDER MODULE walltime|quick [PART PARTS]`, of PARTS the part number PART.
 
 FOLDER is a `test` package that holds `test_concurrent_futures`; nothing of it is copied here. The standard's executor
 names are replaced before its modules are imported, so that every class they define uses ours. One JSON object goes to
@@ -120,8 +121,8 @@ def every(suite: unittest.TestSuite) -> Any:
             yield part
 
 
-def main(folder: str, module_name: str, mode: str) -> None:
-    """Run one module of the suite."""
+def main(folder: str, module_name: str, mode: str, part: str = "0", parts: str = "1") -> None:
+    """Run one module of the suite, or a part of it."""
     support = prepare(Path(folder))
     support.verbose = False
     if mode == "quick":
@@ -139,6 +140,7 @@ def main(folder: str, module_name: str, mode: str) -> None:
             left_out[f"{kind}.{name}"] = reason
         else:
             chosen.addTest(case)
+    chosen = unittest.TestSuite(list(every(chosen))[int(part) :: int(parts)])
     count = chosen.countTestCases()
     result = unittest.TextTestRunner(verbosity=2).run(chosen)
     bad = [case.id() for case, _ in [*result.failures, *result.errors]]

@@ -11,6 +11,9 @@ import pytest
 
 RUNNER = Path(__file__).with_name("cpython_suite.py")
 MODULES = ["as_completed", "deadlock", "init", "process_pool", "shutdown", "thread_pool", "wait"]
+#: those that sleep for seconds, and in how many parts at once
+SLEEPERS = {"as_completed": 2, "shutdown": 2, "wait": 4}
+QUICK = [(name, part, SLEEPERS.get(name, 1)) for name in MODULES for part in range(SLEEPERS.get(name, 1))]
 
 
 def suite() -> Path:
@@ -24,27 +27,26 @@ def suite() -> Path:
     pytest.skip("no Python here has test.test_concurrent_futures as a package; STAGEFLOW_CPYTHON_TESTS may name one")
 
 
-Runs = dict[str, subprocess.Popen[str]]
-
-
-def started(mode: str, folder: Path) -> Iterator[Runs]:
-    command = [sys.executable, str(RUNNER), str(folder)]
-    runs = {
-        name: subprocess.Popen(
-            [*command, f"test_{name}", mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for name in MODULES
-    }
-    yield runs
-    for run in runs.values():
-        run.kill()
-        run.communicate()
+Runs = dict[tuple[str, int, int], subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[Runs]:
     """All modules at once: they mostly sleep."""
-    yield from started("quick", suite())
+    command = [sys.executable, str(RUNNER), str(suite())]
+    runs = {
+        (name, part, parts): subprocess.Popen(
+            [*command, f"test_{name}", "quick", str(part), str(parts)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, part, parts in QUICK
+    }
+    yield runs
+    for run in runs.values():
+        run.kill()
+        run.communicate()
 
 
 def check(run: subprocess.Popen[str], seconds: float) -> None:
@@ -56,9 +58,9 @@ def check(run: subprocess.Popen[str], seconds: float) -> None:
     assert all(report["left_out"].values())
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_the_standards_own_tests_pass(quick: Runs, name: str) -> None:
-    check(quick[name], 55)
+@pytest.mark.parametrize(("name", "part", "parts"), QUICK)
+def test_the_standards_own_tests_pass(quick: Runs, name: str, part: int, parts: int) -> None:
+    check(quick[name, part, parts], 55)
 
 
 @pytest.mark.soak

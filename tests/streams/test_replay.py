@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from stageflow import PipelineBuilder, RetryConfig
+from stageflow import Engine, PipelineBuilder, RetryConfig
 
 AT_ONCE = RetryConfig(max_attempts=3, base_delay_ms=0)
 
@@ -112,13 +112,20 @@ def test_a_source_that_gives_less_the_second_time_is_told_so(engine):
 # ---------------------------------------------------------------- paths of items that are lost behind a flat-map
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    """Two workers; one that does not heed its timeout is killed at once."""
+    with Engine(processes=2, grace=0.05) as made:
+        yield made
+
+
 def parts(x: int):
     for k in range(3):
         yield x, k
 
 
 @pytest.mark.parametrize("how", ["raises", "dies", "timeout", "batch"])
-def test_an_item_lost_behind_a_flat_map_is_named_by_its_path(engine, how):
+def test_an_item_lost_behind_a_flat_map_is_named_by_its_path(impatient, how):
     def guilty(part):
         if part == (5, 2):
             if how == "dies":
@@ -140,7 +147,7 @@ def test_an_item_lost_behind_a_flat_map_is_named_by_its_path(engine, how):
         .map("guilty", several if how == "batch" else guilty, "parts", **more)
         .build()
     )
-    result = engine.run(graph, failure_mode="continue_on_failure")
+    result = impatient.run(graph, failure_mode="continue_on_failure")
     assert [(one.stage, one.item, one.error_info.item) for one in result.failures.failures] == [
         ("guilty", (5, 2), (5, 2))
     ]
