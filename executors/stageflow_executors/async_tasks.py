@@ -21,9 +21,9 @@ from stageflow.core.worker import stops_item
 from stageflow_executors import local
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
 
-#: a task factory breaks uvloop; constructing the task does not
 _monotonic = time.monotonic
 _OK: Final = OutcomeKind.OK
+_Task: Final = asyncio.Task  # a task factory breaks uvloop; constructing the task does not
 _EAGER: Final = sys.version_info >= (3, 12)
 
 
@@ -45,26 +45,26 @@ class AsyncExecutor(LocalLane):
         loop = self._loop
         if loop is None:
             raise LaneClosedError("the async lane is not open", hint="use `async with AsyncExecutor() as lane:`")
-        port = LocalPort("async", call, deliver, self.on_note)
-        self._ports[call.id] = port
+        self._ports[call.id] = port = LocalPort("async", call, deliver, self.on_note)
         coroutine = self._run(port)
         if _EAGER:
             self._starting = port
             try:
-                port.task = asyncio.Task(  # type: ignore[call-arg, unused-ignore]
+                port.task = _Task(  # type: ignore[call-arg, unused-ignore]
                     coroutine, loop=loop, name=call.shipped.label, eager_start=True
                 )
             finally:
                 self._starting = None
         else:
             # not by `create_task`: a task that is given a name need not make one up
-            port.task = asyncio.Task(coroutine, loop=loop, name=call.shipped.label)
+            port.task = _Task(coroutine, loop=loop, name=call.shipped.label)
 
     async def _run(self, port: LocalPort) -> None:
         call = port.call
         port.started = started = _monotonic()
         try:
-            result = call.shipped.function(port, *call.args)
+            args = call.args
+            result = call.shipped.function(port, *args) if args else call.shipped.function(port)
             kind = type(result)
             if kind is CoroutineType or (kind is not Reply and inspect.isawaitable(result)):
                 result = await result

@@ -111,7 +111,6 @@ class GraphCode:
         "__weakref__",
         "_annotations",
         "_codes",
-        "_direct",
         "_grace",
         "_outline",
         "_readers",
@@ -119,6 +118,7 @@ class GraphCode:
         "_resources",
         "_scope",
         "_shared",
+        "directs",
         "empty",
         "graph",
         "hinted",
@@ -160,7 +160,8 @@ class GraphCode:
         #: lanes that have to be open before a run
         self.needed = tuple(dict.fromkeys(self.lanes))
         self._codes: dict[int, StageCode] = {}
-        self._direct: list[Any] = [self] * len(graph.specs)  # self: not looked at yet
+        #: what `direct` found for each stage; self: not looked at yet
+        self.directs: list[Any] = [self] * len(graph.specs)
         self._outline: dict[str, Any] | None = None
         self._readers: dict[Any, int] | None = None
         self._shared: dict[int, tuple[Shipped | None, bool]] = {}
@@ -191,10 +192,7 @@ class GraphCode:
 
     def direct(self, i: int) -> Shipped | None:
         """What to run on the loop for a stage that needs neither values nor context nor anything around it: shared by
-        all stages with the same function. None for every other stage."""
-        found: Shipped | GraphCode | None = self._direct[i]
-        if found is not self:
-            return found  # type: ignore[return-value]
+        all stages with the same function. None for every other stage. Kept in `directs`."""
         spec = self.graph.specs[i]
         shipped = None
         if (
@@ -210,7 +208,7 @@ class GraphCode:
                 made = _direct_of(spec.runner) if able else None
                 known = self._shared[id(spec.runner)] = (made, able and returns is not None)
             shipped, self.empty[i] = known
-        self._direct[i] = shipped
+        self.directs[i] = shipped
         return shipped
 
     def outline(self) -> dict[str, Any]:

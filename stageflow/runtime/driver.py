@@ -162,7 +162,8 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             return
         if self.failing.blocks:
             self.failing.clear()
-        self.settled()
+        if self._settled is not None:
+            self.settled()
 
     def settled(self) -> None:
         """Tell a clock of its own how many attempts do something: not those that an interceptor lets wait, nor those

@@ -152,8 +152,10 @@ class Starting(DriverCounters):
             self._started(job, job.graph.specs[stage].name, action.attempt, lane)
         executor = self.executors.get(lane) or self.executor(lane)
         self.running[action.task] = running = Running(job, action, executor, self._now)
-        if job.header is not None and job.trace is None and action.attempt == 1 and not job.book.ends:
-            direct = job.code.direct(stage)
+        if job.trace is None:
+            direct = job.code.directs[stage]
+            if direct is job.code:
+                direct = job.code.direct(stage)
             if direct is not None:  # a function of nothing, on this loop: there is nothing to put together
                 executor.start(Call(action.task, direct), self._deliver_attempt)
                 return

@@ -56,11 +56,12 @@ class Telling(DriverCounters):
         if job.context is not None:
             for at in range(0, len(rows), WIDTH):
                 self._fill_context(job, rows[at], rows[at + 1])
-        told, sinks, shared = job.listening, job.sinks, self.events
+        told, shared = job.listening, self.events
         if not (told or shared.listening):
             self._seq += len(rows) // WIDTH
             job.stats.take(rows)
             return
+        sinks = job.sinks
         job.stats.take(rows, 1 + told)
         specs, lanes, run_id = job.graph.specs, job.code.lanes, job.run_id
         at, seq = self.clock.time_ns(), self._seq  # all of them have ended in this turn

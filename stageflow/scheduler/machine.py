@@ -136,6 +136,10 @@ class Machine(
 
     def handle_all(self, signals: list[Any], now: float) -> list[Any]:
         """Take several signals of one loop turn; dispatch once."""
+        if self.unrolled and len(signals) == 1:
+            done = self._hand_on(signals[0], now)
+            if done is not None:
+                return done
         self._out = out = []
         at = self._take_plain(signals, 0, now) if self.unrolled else 0
         if at < len(signals):
@@ -150,8 +154,6 @@ class Machine(
             self._dispatch(now)
             return out
         # nothing has changed for any other lane, and no run can be over
-        if not stirred.heap:
-            self._start_plain(stirred)
         if stirred.fifo or stirred.heap:
             self._dispatch_lane(stirred, now)
             if self._woke:
@@ -371,7 +373,7 @@ class Machine(
                 _, _, _, _, run, stage, stream, _ = lane.first()
                 if not self._is_short(run, stage, stream):
                     return
-            if unrolled and not heap and self._start_plain(lane):
+            if unrolled and self._start_plain(lane):
                 continue
             entry = lane.pop() if heap else fifo.popleft()
             if self.admission.woken:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
 
 _ENDED: Final = sig.AttemptEnded
+_START: Final = act.StartAttempt
+_COMPLETED: Final = act.Completed
 SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead (rules of the process lane)
 
 
@@ -28,31 +30,100 @@ class PlainRules:
 
     _stirred: Lane | None  # where one of them ended or came ready in this turn
 
+    def _hand_on(self: Machine, signal: Any, now: float) -> list[Any] | None:
+        """A turn in which all that happened is that one plain stage ended well, by which one other came ready, in a
+        lane in which nothing waits: every turn of a chain. `_take_plain` and `_start_plain`, with no queue between
+        them. None, and nothing was touched, if it is not such a turn."""
+        if type(signal) is not _ENDED or signal.status != "ok" or signal.route is not None or signal.skip_hint:
+            return None
+        tasks = self.tasks
+        task = tasks.get(signal.task)
+        if task is None or task.stopping is not None or task.spawning:
+            return None
+        run, stage, name = task.run, task.stage, task.lane
+        layout, waiting, state = run.layout, run.waiting, run.state
+        dependents, simple, lane = layout.dependents[stage], layout.simple, self.lanes[name]
+        if len(dependents) != 1 or not simple[stage] or not run.plain or run.ending is not None or run.deaths:
+            return None
+        (after,) = dependents
+        if (
+            waiting[after] != 1
+            or state[after]
+            or not simple[after]
+            or layout.lanes[after] != name
+            or lane.fifo
+            or lane.heap
+            or lane.used > lane.slots
+            or self._touched
+            or self.holders
+        ):
+            return None
+        id = task.id
+        del tasks[id], run.tasks[id]
+        state[stage], state[after], waiting[after] = 6, 3, 0  # RUNNING -> DONE, WAITING -> READY -> RUNNING
+        run.open -= 1
+        self._seq += 1  # the place in a queue that it did not need
+        self._next_task = id = self._next_task + 1
+        tasks[id] = run.tasks[id] = Task(id, run, after, name, 1, now)
+        seconds = signal.seconds
+        row = [
+            stage,
+            task.attempt,
+            now,
+            now - task.since,
+            seconds,
+            signal.cpu_seconds,
+            signal.bytes_in,
+            signal.nbytes,
+            signal.worker_pid,
+            signal.started,
+        ]
+        if name != "process":
+            return [_COMPLETED(run.id, row), _START(id, run.id, after, name)]
+        short = self._measured(layout.key, stage, seconds, after)
+        return [_COMPLETED(run.id, row), _START(id, run.id, after, name, 1, False, short)]
+
+    def _measured(self: Machine, key: int, stage: int, seconds: float, after: int) -> bool:
+        """Take in how long a process stage took; whether the one after it is known to be short."""
+        times, at = self.seconds, (key, stage)
+        known = times.get(at)
+        times[at] = seconds if known is None else known + 0.3 * (seconds - known)
+        return times.get((key, after), 1.0) < SHORT_SECONDS
+
     def _start_plain(self: Machine, lane: Lane) -> bool:
         """`_dispatch_lane` and `_start` for the stages at the front of a queue that have no policies (`Layout.simple`)
         and of which no worker has died: every stage of most graphs, so it is spelled out. It must do what those do.
         False if there was none."""
-        fifo, slots, name = lane.fifo, lane.slots, lane.name
+        fifo, heap, slots, name = lane.fifo, lane.heap, lane.slots, lane.name
         tasks, out = self.tasks, self._out
+        crosses = name == "process"
+        most = slots * self.ahead.get(name, 1)
         started = False
-        while fifo and lane.used < slots:
-            _, _, _, _, run, stage, _, since = fifo[0]
+        while fifo or heap:
+            used = lane.used
+            if used >= slots and used >= most:
+                break
+            entry = lane.first() if heap else fifo[0]
+            _, _, _, _, run, stage, _, since = entry
             layout = run.layout
             if not layout.simple[stage] or run.state[stage] != 2 or run.ending is not None or run.deaths:
                 break
-            fifo.popleft()
+            short = crosses and self.seconds.get((layout.key, stage), 1.0) < SHORT_SECONDS
+            if used >= slots and not (short if crosses else self._is_short(run, stage, None)):
+                break
+            if heap:
+                lane.pop()
+            else:
+                fifo.popleft()
             started = True
             self._next_task = id = self._next_task + 1
+            run_id = run.id
             tasks[id] = run.tasks[id] = Task(id, run, stage, name, 1, since)
-            lane.used += 1
+            lane.used = used + 1
             run.queued -= 1
             run.running += 1
             run.state[stage] = 3  # READY -> RUNNING
-            if name == "process":
-                short = self.seconds.get((layout.key, stage), 1.0) < SHORT_SECONDS
-                out.append(act.StartAttempt(id, run.id, stage, name, 1, False, short))
-            else:
-                out.append(act.StartAttempt(id, run.id, stage, name))
+            out.append(_START(id, run_id, stage, name, 1, False, short) if short else _START(id, run_id, stage, name))
         return started
 
     def _take_plain(self: Machine, signals: list[Any], at: int, now: float) -> int:

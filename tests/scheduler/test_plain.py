@@ -135,6 +135,38 @@ def test_both_ways_give_equal_actions_for_equal_signals(block, mode):
     assert short
 
 
+@pytest.mark.parametrize("lanes", [("async",), ("process",), ("process", "thread")])
+def test_a_chain_is_handed_on_as_the_general_rules_would(lanes):
+    builder = PipelineBuilder("chain")
+    for i in range(40):
+        builder.stage(f"s{i}", nothing, [f"s{i - 1}"] if i else [])
+    layout = Layout(builder.build(), [lanes[i // 5 % len(lanes)] for i in range(40)])
+    machines = [Machine(LANES, ahead={"process": 2}) for _ in range(2)]
+    machines[1].unrolled = False
+    dice = random.Random(3)
+    signals, now, handed = [sig.RunSubmitted(1, "r", layout, "fail_fast", None, True)], 1.0, 0
+    while True:
+        both = [machine.handle_all(list(signals), now) for machine in machines]
+        assert told(both[0]) == told(both[1])
+        kinds = [type(action) for action in both[0]]
+        handed += kinds == [act.Completed, act.StartAttempt]
+        books = [
+            (one.seconds, one._seq, one._next_task, [(lane.used, len(lane.fifo)) for lane in one.lanes.values()])
+            for one in machines
+        ]
+        assert books[0] == books[1]
+        for machine in machines:
+            audit(machine)
+        if act.FinishRun in kinds:
+            break
+        (started,) = (action for action in both[0] if type(action) is act.StartAttempt)
+        now += 0.5
+        signals = [sig.AttemptEnded(started.task, "ok", 0, 7, dice.random() / 100, 0.1, 5, 11, now)]
+        if started.stage == 7:
+            signals.append(sig.CapacityChanged(lanes[0], 1))
+    assert handed == 39
+
+
 def test_nobody_listening_changes_only_what_is_told():
     dice = random.Random(1)
     for _ in range(20):
