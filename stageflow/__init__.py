@@ -6,6 +6,8 @@ The public names live in the rooms below and are loaded on first use; importing 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from stageflow.core.loading import uncollected
+
 if TYPE_CHECKING:
     from stageflow.context.bags import ContextBag as ContextBag
     from stageflow.context.bags import OutputBag as OutputBag
@@ -216,7 +218,8 @@ if not TYPE_CHECKING:  # hidden from type checkers, or they would accept any nam
         home = _HOME.get(name)
         if home is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{home}"), name)
+        with uncollected():
+            value = getattr(import_module(f"{__name__}.{home}"), name)
         globals()[name] = value
         return value
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from stageflow.context.cancellation import CancellationToken
-from stageflow.context.cleanup import CleanupRegistry
 from stageflow.context.inputs import StageInputs
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, StageCancelledError
@@ -18,6 +17,7 @@ from stageflow.core.kinds import StageKind
 from stageflow.core.output import StageArtifact
 
 if TYPE_CHECKING:
+    from stageflow.context.cleanup import CleanupRegistry
     from stageflow.core.worker import WorkerPort
 
 
@@ -216,6 +216,8 @@ class StageContext:
         """
         cleanup = self._cleanup
         if cleanup is None:
+            from stageflow.context.cleanup import CleanupRegistry  # which imports asyncio
+
             cleanup = self._cleanup = CleanupRegistry(blocking="here")
         if survive:
             try:

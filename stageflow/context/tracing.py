@@ -10,7 +10,6 @@ May not import: the pipeline, the scheduler, the runtime, any room above them, a
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import sys
@@ -41,12 +40,16 @@ MAX_SPANS: Final = 1000
 
 def trace_id_of(run_id: str) -> str:
     """The trace id (32 hex digits) of a run that was not started inside another trace."""
+    import hashlib
+
     return hashlib.blake2b(run_id.encode("utf-8", "replace"), digest_size=16, person=b"stageflow-trace").hexdigest()
 
 
 def span_id_of(run_id: str, *parts: object) -> str:
     """The span id (16 hex digits) of a part of a run: nothing = the run itself; else stage, item and attempt."""
     text = "\x1f".join([run_id, *(repr(part) for part in parts)])
+    import hashlib
+
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, person=b"stageflow-span").hexdigest()
 
 

@@ -11,9 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import IO, Any, Final, Protocol, runtime_checkable
 
 from stageflow.events import names
-from stageflow.events.catalogue import as_text, encode_json
 from stageflow.events.event import Event
-from stageflow.events.files import PieceWriter
 
 _log = logging.getLogger("stageflow.events")
 
@@ -132,6 +130,8 @@ _SHOWN: Final = (
 
 def one_line(event: Event) -> str:
     """The event as one readable line, without values that could be long or secret."""
+    from stageflow.events.catalogue import as_text
+
     words = [event.type]
     if event.stage is not None:
         words.append(event.stage if event.item is None else f"{event.stage}[{'.'.join(map(str, event.item))}]")
@@ -156,13 +156,17 @@ class JsonlSink:
     def __init__(
         self, target: str | os.PathLike[str] | IO[bytes], *, append: bool = True, wants_items: bool = False
     ) -> None:
+        from stageflow.events.catalogue import encode_json
+        from stageflow.events.files import PieceWriter
+
+        self._encode = encode_json
         self._writer = PieceWriter(target, what="the event log", append=append)
         self.wants_items = wants_items
 
     def emit(self, event: Event) -> None:
         """Buffer `event`, and write when it is time."""
         urgent = event.type in names.RUN_ENDED or event.type == names.STAGE_FAILED
-        self._writer.write(encode_json(event) + b"\n", now=urgent)
+        self._writer.write(self._encode(event) + b"\n", now=urgent)
 
     @property
     def written(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,6 +13,8 @@ MAX_LENGTH: Final = 200
 
 def nearest(name: str, candidates: Iterable[str], *, limit: int = 3) -> tuple[str, ...]:
     """The candidates most like `name`, best first; none when nothing is near."""
+    import difflib  # for mistakes only
+
     known = list(candidates)
     if len(known) > _MANY:
         known = [c for c in known if abs(len(c) - len(name)) <= 2 and c[:2] == name[:2]][:_MANY]

@@ -1,18 +1,42 @@
 """What `graph.run`, `graph.execute`, `graph.stream` and `graph.run_many` do: choose the engine, split the options,
-run."""
+run.
+
+The engine and the event loop are imported by the first run, once its fork server is on its way.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.core.errors import DefinitionError
+from stageflow.core.loading import uncollected
 from stageflow.pipeline.graph import StageGraph
-from stageflow.runtime.default import default_engine
-from stageflow.runtime.engine import Engine
-from stageflow.runtime.loops import no_running_loop
-from stageflow.runtime.options import split_options
-from stageflow.runtime.result import RunResult
+from stageflow.runtime.config import EngineConfig
+from stageflow.runtime.early import fork_server_for
+
+if TYPE_CHECKING:
+    from stageflow.runtime.engine import Engine
+    from stageflow.runtime.result import RunResult
+
+_ENGINE: Final = "stageflow.runtime.engine"
+
+
+def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from stageflow.runtime.options import split_options
+
+    return split_options(config)
+
+
+def _shared(engine: Engine | None) -> Engine:
+    """The engine that was given, or that of the process."""
+    if engine is not None:
+        return engine
+    from stageflow.runtime.default import default_engine
+
+    return default_engine()
 
 
 def _private(engine: Engine | None, of_engine: Mapping[str, Any]) -> Engine | None:
@@ -24,6 +48,8 @@ def _private(engine: Engine | None, of_engine: Mapping[str, Any]) -> Engine | No
             f"engine= and engine settings ({', '.join(of_engine)}) were given together",
             hint="give the settings to Engine(...)",
         )
+    from stageflow.runtime.engine import Engine
+
     return Engine(**of_engine)
 
 
@@ -36,13 +62,21 @@ def run(
     **config: Any,
 ) -> RunResult:
     """Run once and block."""
+    if _ENGINE not in sys.modules:
+        settings = {name: value for name, value in config.items() if name in EngineConfig.__struct_fields__}
+        with fork_server_for(graph, EngineConfig.make(**settings)):
+            with uncollected():
+                import_module(_ENGINE)
+            return run(graph, inputs, snapshot=snapshot, engine=engine, **config)
+    from stageflow.runtime.loops import no_running_loop
+
     no_running_loop("run", "result = await graph.execute(inputs=...)")
-    of_run, of_engine = split_options(config)
+    of_run, of_engine = _split(config)
     private = _private(engine, of_engine)
     if private is not None:
         with private:
             return private.run(graph, inputs, snapshot=snapshot, **of_run)
-    return (engine or default_engine()).run(graph, inputs, snapshot=snapshot, **of_run)
+    return _shared(engine).run(graph, inputs, snapshot=snapshot, **of_run)
 
 
 async def execute(
@@ -55,12 +89,12 @@ async def execute(
     **config: Any,
 ) -> RunResult:
     """Run once on the running loop."""
-    of_run, of_engine = split_options(config)
+    of_run, of_engine = _split(config)
     private = _private(engine, of_engine)
     if private is not None:
         async with private:
             return await private.execute(graph, inputs, ctx=ctx, snapshot=snapshot, **of_run)
-    return await (engine or default_engine()).execute(graph, inputs, ctx=ctx, snapshot=snapshot, **of_run)
+    return await _shared(engine).execute(graph, inputs, ctx=ctx, snapshot=snapshot, **of_run)
 
 
 def stream(
@@ -73,9 +107,9 @@ def stream(
     **config: Any,
 ) -> AsyncIterator[RunResult]:
     """Run once per snapshot."""
-    of_run, of_engine = split_options(config)
+    of_run, of_engine = _split(config)
     private = _private(engine, of_engine)
-    chosen = private or engine or default_engine()
+    chosen = private or _shared(engine)
     results = chosen.stream(graph, snapshots, ordered=ordered, max_in_flight=max_in_flight, **of_run)
     return _closing(results, private) if private is not None else results
 
@@ -99,9 +133,9 @@ def run_many(
     **config: Any,
 ) -> Iterator[RunResult]:
     """`stream` without an event loop."""
-    of_run, of_engine = split_options(config)
+    of_run, of_engine = _split(config)
     private = _private(engine, of_engine)
-    chosen = private or engine or default_engine()
+    chosen = private or _shared(engine)
     try:
         yield from chosen.run_many(graph, snapshots, ordered=ordered, max_in_flight=max_in_flight, **of_run)
     finally:

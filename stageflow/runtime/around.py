@@ -26,14 +26,13 @@ from stageflow.pipeline.spec import StageSpec
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.interceptors import InterceptorServices, InterceptorStates, LazyOutput, run_intercepted
 from stageflow.scheduler import actions as act
-from stageflow.store.fingerprint import code_fingerprint
-from stageflow.store.idempotency import Held, Hit, IdempotencyGuard, InMemoryIdempotencyStore
-from stageflow.store.keys import default_key, digest, hash_parameters, idempotency_key
 
+# The store is imported by the first stage with an idempotency policy: psutil, which says who owns a claim, takes 7 ms.
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
     from stageflow.runtime.engine import Engine
     from stageflow.runtime.running import Running
+    from stageflow.store.idempotency import Held, IdempotencyGuard
 
 _DROPPED: Final = "the element was dropped"
 
@@ -162,6 +161,8 @@ class Around:
         config = spec.policies.idempotency
         if config is None:
             return await self._intercepted(driver, running, call, spec, handle)
+        from stageflow.store.idempotency import Hit
+
         guard = self._idempotency()
         key, params = self._key(driver, running, call, spec)
         begun = await guard.begin(key, params, config.ttl_seconds, config.enforce_params_match)
@@ -300,6 +301,8 @@ class Around:
 
     def _idempotency(self) -> IdempotencyGuard:
         if self._guard is None:
+            from stageflow.store.idempotency import IdempotencyGuard, InMemoryIdempotencyStore
+
             store = self._engine.config.store
             if store is None:
                 store = InMemoryIdempotencyStore()
@@ -314,6 +317,8 @@ class Around:
 
     def _key(self, driver: Driver, running: Running, call: Call, spec: StageSpec) -> tuple[str, str]:
         """The key of the work and the hash of its parameters."""
+        from stageflow.store.keys import default_key, digest, hash_parameters, idempotency_key
+
         config = spec.policies.idempotency
         assert config is not None
         params = self._params(driver, running, call, spec)
@@ -332,6 +337,8 @@ class Around:
     def _version(self, spec: StageSpec) -> str:
         known = self._versions.get(id(spec.runner))
         if known is None:
+            from stageflow.store.fingerprint import code_fingerprint
+
             known = self._versions[id(spec.runner)] = (spec.runner, code_fingerprint(spec.runner))
         return known[1]
 

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, LaneClosedError
 from stageflow.core.executor import Executor
+from stageflow.core.loading import uncollected
 from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
+from stageflow.runtime.early import IN_WORKER, fork_server_for
 from stageflow.runtime.loops import LoopState, OwnLoops, no_running_loop
 from stageflow.runtime.options import RunOptions, from_context, only_run_keys, snapshot_of
 
@@ -39,8 +41,6 @@ LANES: Final[Mapping[str, str]] = {
     "process": "stageflow_executors.processes.pool:ProcessExecutor",
     "dask": "stageflow_executors.cluster.dask_lane:DaskExecutor",
 }
-#: set in the environment of every worker: a default engine there has no process lane
-IN_WORKER: Final = "STAGEFLOW_IN_WORKER"
 #: process tasks per worker that are handed over ahead of need when they are short
 AHEAD: Final = 2
 
@@ -50,7 +50,8 @@ _scopes = itertools.count(1)
 def load(path: str) -> Any:
     """What "module:name" names."""
     module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+    with uncollected():
+        return getattr(import_module(module), name)
 
 
 class Engine:
@@ -168,11 +169,12 @@ class Engine:
             state = self._states.get(id(loop))
             if state is not None and state.loop is loop:
                 return state
-            from stageflow.runtime.driver import Driver
-            from stageflow.runtime.monitor import Monitor
-            from stageflow.runtime.watchdog import Watchdog
-            from stageflow.scheduler.backpressure import countable
-            from stageflow.scheduler.machine import Machine
+            with uncollected():
+                from stageflow.runtime.driver import Driver
+                from stageflow.runtime.monitor import Monitor
+                from stageflow.runtime.watchdog import Watchdog
+                from stageflow.scheduler.backpressure import countable
+                from stageflow.scheduler.machine import Machine
 
             machine = Machine(
                 self.slots(),
@@ -251,6 +253,26 @@ class Engine:
                 "the engine belongs to another process (this one was forked)", hint="make a new engine here"
             )
 
+    async def _opened(self, graph: StageGraph) -> tuple[LoopState, GraphCode]:
+        """What the engine has on the running loop, with one more run active and the lanes that `graph` needs open."""
+        state = self._state()
+        if state.driver.broken:
+            # its books are not to be trusted any more; the workers are
+            held = state.held
+            await self._close_state(state)
+            state = self._state()
+            state.held = held
+        code = self.code(graph)
+        for spec in graph.specs if state.driver.machine.admission.total_tokens or code.layout.has_resources else ():
+            state.driver.machine.admission.check(spec.name, spec.policies)
+        state.active += 1
+        try:
+            await self._open_lanes(state, code.needed)
+        except BaseException:
+            state.active -= 1
+            raise
+        return state, code
+
     async def begin(
         self,
         graph: StageGraph,
@@ -266,26 +288,19 @@ class Engine:
     ) -> tuple[LoopState, Job]:
         """Start a run on the running loop; `job.finished` has its result. The attempt `waited` of `parent` waits for
         it."""
-        from stageflow.events.fanout import FanOut
-        from stageflow.runtime.handles import ParentSinks
+        self._check_open()
+        ready = snapshot_of(graph, inputs, snapshot, options)
+        first = self._supply is None and "process" not in self._made_by
+        with fork_server_for(graph, self.config) if first else contextlib.nullcontext():
+            state, code = await self._opened(graph)
         from stageflow.runtime.job import Job
 
-        state = self._state()
-        if state.driver.broken:
-            # its books are not to be trusted any more; the workers are
-            held = state.held
-            await self._close_state(state)
-            state = self._state()
-            state.held = held
-        code = self.code(graph)
-        ready = snapshot_of(graph, inputs, snapshot, options)
-        for spec in graph.specs if state.driver.machine.admission.total_tokens or code.layout.has_resources else ():
-            state.driver.machine.admission.check(spec.name, spec.policies)
-        state.active += 1
         try:
-            await self._open_lanes(state, code.needed)
             sinks = parent.sinks if parent is not None else None
             if options.event_sinks:
+                from stageflow.events.fanout import FanOut
+                from stageflow.runtime.handles import ParentSinks
+
                 above = (ParentSinks(sinks),) if sinks is not None else ()
                 sinks = FanOut((*options.event_sinks, *above), redact=self.config.redact, shared=False)
             self._export(sinks, ready.run_id.pipeline_run_id)

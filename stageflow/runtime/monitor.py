@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -47,7 +46,8 @@ HERE: Final = Sources()
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text()
+        with open(path) as file:  # pathlib would cost 5 ms of every start
+            return file.read()
     except (OSError, UnicodeDecodeError):
         return ""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copyreg
 import enum
-import hashlib
 import struct
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -56,6 +55,8 @@ def digest(value: Any) -> str:
 
 
 def _digest(value: Any, above: list[int], path: str) -> bytes:
+    import hashlib  # with OpenSSL behind it
+
     sha = hashlib.sha256()
     _feed(sha, value, above, path)
     return sha.digest()

@@ -379,7 +379,8 @@ async def test_a_cancelled_future_frees_its_worker() -> None:
 async def test_a_pool_that_cannot_start_says_why(start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     supply = WorkerSupply(2, start_method=start_method)
     settings = supply._settings
-    monkeypatch.setattr("stageflow_executors.processes.link._OWN_MODULES", ("missing",))
+    for module in ("launch", "link"):
+        monkeypatch.setattr(f"stageflow_executors.processes.{module}.OWN_MODULES", ("missing",))
     monkeypatch.setattr(supply, "_settings", lambda: {**settings(), "sys_path": []})
     executor = ProcessExecutor(supply=supply)
     await executor.open()

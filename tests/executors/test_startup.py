@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -149,3 +150,55 @@ async def test_the_server_speaks_on_the_real_standard_error(tmp_path: Path, monk
             os.dup2(real, 2)
             os.close(real)
     assert log.read_text() == "said at import\n"
+
+
+FIRST_RUN = """
+import subprocess
+import sys
+import threading
+
+from stageflow import DefinitionError, PipelineBuilder, StageKind
+from stageflow_executors.processes import launch
+
+found = []
+real = launch.launch
+
+
+def noticed(environment, modules=()):
+    found.append("asyncio" in sys.modules)
+    return real(environment, modules)
+
+
+launch.launch = noticed
+
+
+def double(number):
+    return 2 * number
+
+
+def children():
+    with open("/proc/self/task/%d/children" % threading.get_native_id()) as listed:
+        return len(listed.read().split())
+
+
+if __name__ == "__main__":
+    lock = threading.Lock()
+    graph = PipelineBuilder("first").stage("double", double, kind=StageKind.TRANSFORM).build()
+    held = PipelineBuilder("held").stage("stuck", lambda number: (lock, number)[1], kind=StageKind.TRANSFORM).build()
+    try:
+        graph.run({}, processes=1)
+    except DefinitionError:
+        print(found, children())
+    print(graph.run({"number": 21}, processes=1).data("double"), found, children())
+    print(held.run({"number": 21}, processes=1).data("stuck"), children())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux's")
+def test_the_first_fork_server_is_on_its_way_before_asyncio_is_imported_and_never_left_over(tmp_path: Path) -> None:
+    script = tmp_path / "first.py"
+    script.write_text(FIRST_RUN)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    # before asyncio the first time; one for nothing where the input is missing, taken over where it is needed, and
+    # ended where the stage turns out to be one that cannot be sent
+    assert done.stdout.splitlines() == ["[False] 0", "42 [False, True] 0", "21 0"], done.stderr

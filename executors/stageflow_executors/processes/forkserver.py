@@ -1,8 +1,8 @@
 """The fork server: a bare process that forks workers, buries them, and leaves nothing behind when the engine dies.
 
-Started by exec as a script, with one thread and no loop, so that it forks cheaply and cleanly:
+Started by exec, alone and with one thread and no loop, so that it forks cheaply and cleanly (`launch.py`):
 
-    python forkserver.py CONTROL_FD ENGINE_PIDFD STDERR_FD [MODULE_NOT_TO_PRELOAD ...]
+    python -c 'find this file and call main()' FOLDER CONTROL_FD ENGINE_PIDFD STDERR_FD [MODULE_NOT_TO_PRELOAD ...]
 
 Until its first line runs, descriptor 2 is a pipe of the engine's, so that an interpreter that cannot even start has
 its last words heard; STDERR_FD is the real one. The pipe goes on saying what is being imported.
@@ -15,7 +15,7 @@ blocks on a parent that does not read.
 When the engine ends, by whatever signal (its pidfd, or end of file), it kills and reaps every descendant and exits.
 Imports are interrupted for that by a timer.
 
-May import the standard library only, and none of the package, before the first fork request: it is executed by path.
+May import the standard library only, and none of the package, before the first request: it is imported by path.
 """
 
 from __future__ import annotations
@@ -243,8 +243,7 @@ class Server:
         self.say("")
         if problems:
             self.answer("preload", problems)
-        gc.collect()
-        gc.freeze()
+        gc.freeze()  # uncollected: the few unreachable objects that imports leave are shared by all workers
 
     # ------------------------------------------------------------ life and death of workers
 
@@ -293,6 +292,7 @@ class Server:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # bound to this server's only thread
             if os.getppid() != server:
                 os._exit(1)
+            gc.enable()
             os.setsid()
             prctl(PR_SET_CHILD_SUBREAPER, 1)  # a stage's daemons stay below this worker while it lives
             signal.set_wakeup_fd(-1)
@@ -380,7 +380,9 @@ class Server:
 
 
 def main() -> None:
-    """Entry point of the script."""
+    """Serve until the engine ends."""
+    sys.modules.pop("forkserver")  # found by path: the name may be a user's
+    gc.disable()  # nothing but imports happens here, and the collector would walk through all of them several times
     control, engine, stderr, *_ = map(int, sys.argv[1:4])
     words = os.dup(
         2
@@ -392,8 +394,3 @@ def main() -> None:
     except BaseException as error:
         server.say(described(error))
         raise
-
-
-if __name__ == "__main__":
-    main()
-    os._exit(0)

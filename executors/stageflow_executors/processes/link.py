@@ -18,10 +18,9 @@ from stageflow.core.errors import WorkerStartError
 from stageflow.core.executor import Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
-from stageflow_executors.processes.machine import THREAD_VARIABLES, usable_cores
+from stageflow_executors.processes.launch import OWN_MODULES, environment_for, launch, take
 from stageflow_executors.processes.shipping import Shipping
 
-_OWN_MODULES: Final = ("stageflow_executors.processes.worker_main",)
 _CONTROL_ROOM: Final = socket.CMSG_SPACE(4 * 4)
 
 
@@ -71,59 +70,17 @@ class ServerLink:
         """Is there a fork server to listen to?"""
         return self.control is not None
 
-    def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        threads = str(max(1, usable_cores() // self.max_workers))
-        for name in THREAD_VARIABLES:
-            environment.setdefault(name, threads)
-        environment["STAGEFLOW_IN_WORKER"] = "1"
-        return environment
-
     def _start_server(self) -> None:
-        from stageflow_executors.processes import forkserver
-
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        me = -1
-        try:
-            me = os.pidfd_open(os.getpid())
-        except (AttributeError, OSError):
-            pass  # an old kernel or a sandbox: the server watches end of file and its parent's pid
-        words, words_theirs = os.pipe()
-        os.set_blocking(words, False)
-        os.set_blocking(words_theirs, False)
-        stderr = _stderr()
-        passed = [fd for fd in (theirs.fileno(), me, stderr) if fd >= 0]
-        self._command = [
-            sys.executable,
-            *interpreter_flags(),
-            forkserver.__file__,
-            *map(str, (theirs.fileno(), me, stderr)),
-        ]
-        try:
-            self.server = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stderr=words_theirs,
-                pass_fds=passed,
-                start_new_session=True,
-                env=self._environment(),
-            )
-        except OSError as error:
-            ours.close()
-            os.close(words)
-            raise WorkerStartError(f"the fork server could not be started: {error}", reason=str(error)) from error
-        finally:
-            theirs.close()
-            for fd in (me, stderr, words_theirs):
-                if fd >= 0:
-                    os.close(fd)
-        self.control = ours
-        self._words = words
+        """Take the one that was begun for us, or start one. Raises WorkerStartError."""
+        environment = environment_for(self.max_workers)
+        launched = take(environment)
+        if launched is None:
+            try:
+                launched = launch(environment)
+            except OSError as error:
+                raise WorkerStartError(f"the fork server could not be started: {error}", reason=str(error)) from error
+        self.server, self.control, self._words, self._command = launched[:4]
         self._configured = False
-        try:
-            ours.sendall(marshal.dumps(("warm up", list(sys.path), list(_OWN_MODULES))))
-        except OSError:
-            pass  # it ended at once: the first request finds out and says so
 
     def _settings(self) -> dict[str, Any]:
         import logging
@@ -132,7 +89,7 @@ class ServerLink:
             "sys_path": list(sys.path),
             "cwd": _cwd(),
             "engine_pid": self.pid,
-            "own_modules": list(_OWN_MODULES),
+            "own_modules": list(OWN_MODULES),
             "preload": self.preload,
             "command": self._command,
             "inline_threshold": self.inline_threshold,
@@ -269,14 +226,6 @@ def _cwd() -> str:
         return "/"
 
 
-def _stderr() -> int:
-    """A descriptor of its own for standard error; -1 where there is none."""
-    try:
-        return os.dup(2)
-    except OSError:
-        return -1
-
-
 def _how(end: tuple[int | None, str]) -> str:
     """In words, how the fork server ended."""
     code, said = end
@@ -288,9 +237,3 @@ def _how(end: tuple[int | None, str]) -> str:
     else:
         how = f"ended with status {code}"
     return f"{how}: {said}" if said and "\n" not in said else f"{how}; its last words:\n{said}" if said else how
-
-
-def interpreter_flags() -> list[str]:
-    """The flags this interpreter was started with."""
-    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return found

@@ -29,7 +29,8 @@ from stageflow.core.errors import DefinitionError, WorkerStartError
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.handle import Borrower, WorkerHandle, kill_group
-from stageflow_executors.processes.link import ServerLink, interpreter_flags
+from stageflow_executors.processes.launch import environment_for, interpreter_flags
+from stageflow_executors.processes.link import ServerLink
 from stageflow_executors.processes.machine import oom_kills, usable_cores, usable_memory
 from stageflow_executors.processes.shipping import Shipping
 from stageflow_executors.processes.status import StatusPage
@@ -219,7 +220,7 @@ class WorkerSupply(ServerLink):
                 stdin=subprocess.DEVNULL,
                 pass_fds=(read, *fds),
                 start_new_session=True,
-                env=self._environment(),
+                env=environment_for(self.max_workers),
             )
         except OSError as error:
             os.close(write)
