@@ -39,7 +39,7 @@ class BlockRules:
             return
         if stream.serial and (stream.running or stream.delayed or stream.delayed_folds):
             return
-        if not stream.ready and not stream.jobs and not (stream.fold is not None and stream.fold.jobs):
+        if not stream.has_work():
             return
         stream.queued = True
         stream.held_for("slot", now)
@@ -53,7 +53,7 @@ class BlockRules:
     def _start_flow(self: Machine, run: Run, stream: Stream, lane: Lane, entry: Any, now: float) -> None:
         """The stage's turn: start one block, and queue it again if there is more."""
         stage = stream.stage
-        if not stream.ready and not stream.jobs and not (stream.fold is not None and stream.fold.jobs):
+        if not stream.has_work():
             self._touch(run)  # it ended, or its items were stopped, while it waited: others may have to move
             return
         if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
@@ -63,7 +63,7 @@ class BlockRules:
             deeper = self._lane_of_deeper(run, stage, lane)
             if deeper is not None:
                 self._dispatch_lane(deeper, now)
-                if lane.used >= lane.slots or run.ending is not None or not stream.ready_count:
+                if run.ending is not None or not stream.has_work() or self._is_full(lane, run, stage, stream):
                     self._offer(run, stream, now)
                     self._touch(run)
                     return

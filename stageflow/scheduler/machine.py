@@ -412,6 +412,12 @@ class Machine(
             self._start_flow(run, stream, lane, entry, now)
         return True
 
+    def _is_full(self, lane: Lane, run: Run, stage: int, stream: Stream | None) -> bool:
+        """Whether a lane takes no more of a stage: its slots are used, and what is short may not go ahead either."""
+        if lane.used < lane.slots:
+            return False
+        return lane.used >= lane.slots * self.ahead.get(lane.name, 1) or not self._is_short(run, stage, stream)
+
     def _is_short(self, run: Run, stage: int, stream: Stream | None) -> bool:
         """Measured to take less than SHORT_SECONDS, and free of a timeout (whose clock would run in a queue)."""
         policies = run.layout.specs[stage].policies

@@ -535,6 +535,10 @@ class Stream:
             self.avg_bytes += SMOOTHING * (per_bytes - self.avg_bytes)
         self.measured += items
 
+    def has_work(self) -> bool:
+        """Whether a block, a batch, a step or a merge could start. A merge has no items."""
+        return bool(self.ready or self.jobs or (self.fold is not None and self.fold.jobs))
+
     def block_size(self, slots: int, most: int) -> int:
         """Items to hand over at once: some milliseconds of work, shrinking towards the end of what is known to come."""
         if not self.can_block:

@@ -1,17 +1,21 @@
 """A driver without loop or lanes: performs actions of a machine on sketched pipelines, in an order dice decide.
 
-The runners are really called; when an attempt ends, how much of a block comes back, when workers die and when timers
-fire is chosen at random. After each signal the books are audited.
+The runners are really called; when an attempt ends, how much of a block comes back, when workers die, what attempts
+start as child runs, which signals come in one turn and when timers fire is chosen at random. After each turn, or after
+some of them, the books are audited; a fault that was seen late is looked for again with an audit after every turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 
 import msgspec
 
 from stageflow.context.pieces import Done, ItemFailure
+from stageflow.core.errors import InvariantError
 from stageflow.core.kinds import DROP
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.pipeline import policies
@@ -22,25 +26,82 @@ from stageflow.scheduler.audit import audit
 from stageflow.scheduler.layout import Layout
 from stageflow.scheduler.machine import Machine
 from stageflow.scheduler.states import StageState
-from stageflow.testing.sketches import Fate, FlatRunner, GraphSketch, HangError, Runner, SourceRunner, StageSketch
+from stageflow.testing.sketches import (
+    Fate,
+    FlatRunner,
+    GraphSketch,
+    HangError,
+    Reference,
+    Runner,
+    SourceRunner,
+    StageSketch,
+)
 
+ACTIONS = (
+    act.StartAttempt, act.StartBlock, act.StartFold, act.StopAttempt, act.SetTimer, act.CancelTimer, act.PullSource,
+    act.StopSource, act.Spill, act.Decide, act.Release, act.Emit, act.Completed, act.KeepItems, act.KeepAccumulator,
+    act.FinishRun,
+)  # fmt: skip
 SIZE = 10  # bytes of every list of values
+DEEPEST = 3  # levels of child runs
 
 
 class Ctx:
+    __slots__ = ("attempt", "feedback")
+
     def __init__(self, attempt, feedback=None):
         self.attempt = attempt
         self.feedback = feedback
 
 
+@dataclass(slots=True)
+class Plan:
+    """A sketch with all that is worked out once, however many simulations run it."""
+
+    sketch: GraphSketch
+    layout: Layout = None
+    wanted: Reference = None
+    #: stages of which it depends on the order of things how far they come: behind a stream that breaks
+    loose: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self):
+        sketch = self.sketch
+        self.layout = Layout(sketch.build(), [stage.lane for stage in sketch.stages])
+        self.wanted = sketch.reference()
+        if self.wanted.states:
+            self.loose = frozenset(one.name for one in sketch.stages if self.tainted(one.name))
+
+    def tainted(self, name):
+        """Whether a stream that failed lies above."""
+        by_name = {stage.name: stage for stage in self.sketch.stages}
+        todo, seen = [name], set()
+        while todo:
+            one = by_name[todo.pop()]
+            if one.name in seen:
+                continue
+            seen.add(one.name)
+            if self.wanted.states[one.name] == "fail" and one.role in ("source", "map", "flat", "batch", "sink"):
+                return True
+            when = one.policies.get("when")
+            above = (one.over, one.joined, *one.reads, *one.after, when[0] if when else None)
+            todo.extend(other for other in above if other is not None)
+        return False
+
+
 class Under:
     """An attempt under way."""
+
+    __slots__ = (
+        "accumulators", "action", "at", "children", "doomed", "hung", "pieces", "since", "spawned", "stopped", "told",
+    )  # fmt: skip
 
     def __init__(self, action, now):
         self.action = action
         self.since = now
         self.stopped = False
         self.hung = False
+        self.children = []  # runs it waits for
+        self.spawned = False
         self.doomed = set()  # items of its block that were asked to stop
         self.at = 0  # items of its block that have been reported
         self.told = {}  # of a flat-map: items of which some values have been reported, and how many
@@ -60,23 +121,34 @@ class Simulation:
         cancel=0.0,
         memory=0,
         poison_limit=1000,
-        checked=True,
+        audits=1.0,
         ahead=None,
         stops=0.0,
+        children=(),
+        crowds=0.0,
     ):
         self.dice = dice
-        self.machine = Machine(
-            lanes or {"process": 2, "thread": 3, "async": 5, "inline": 1},
-            tokens={"gpu": 2},
-            memory=memory,
-            poison_limit=poison_limit,
-            ahead=ahead or {"process": 2},
-        )
+        self.roll = dice.random
+        self.made_of = {
+            "lanes": lanes or {"process": 2, "thread": 3, "async": 5, "inline": 1},
+            "tokens": {"gpu": 2},
+            "memory": memory,
+            "poison_limit": poison_limit,
+            "ahead": ahead or {"process": 2},
+        }
+        self.machine = Machine(**self.made_of)
         self.deaths = deaths
         self.cancel_share = cancel
         self.stop_share = stops  # of steps at which one item is stopped
         self.stopped = []  # (run, stage, index) of items that ended so
-        self.checked = checked
+        self.audits = audits  # share of turns with one
+        self.plans = children  # what attempts may start as child runs
+        self.crowds = crowds  # share of turns in which several things have happened
+        self.waiting = None  # signals of such a turn, until it is complete
+        self.came_back = []  # attempts of which a child run has finished
+        self.told_to_stop = []  # child runs of attempts that are to stop
+        self.parents = {}  # child run -> attempt that waits for it
+        self.depth = {}
         self.now = 100.0
         self.log = []
         self.actions = []
@@ -96,76 +168,161 @@ class Simulation:
         self.started = Counter()
         self.layouts = {}
         self.sketches = {}
+        self.of = {}  # run -> its plan
+        self.live = []  # runs that have not finished
         self.flowed = 0  # values of flat-maps that were reported before their item had ended
         self.calls = Counter()  # (run, stage, value) -> calls of its runner
         self._handle = 0
+        self._do = {kind: getattr(self, "do_" + kind.__name__) for kind in ACTIONS}
 
     # ------------------------------------------------------------ in and out
 
-    def submit(self, sketch: GraphSketch, *, deadline=None):
-        graph = sketch.build()
-        layout = Layout(graph, [stage.lane for stage in sketch.stages])
+    def submit(self, what: GraphSketch | Plan, *, deadline=None, parent=0):
+        plan = what if isinstance(what, Plan) else Plan(what)
         run = len(self.layouts) + 1
-        self.layouts[run] = layout
-        self.sketches[run] = sketch
-        self.send(sig.RunSubmitted(run, f"run-{run}", layout, sketch.mode, deadline, listening=True))
+        self.of[run] = plan
+        self.layouts[run] = plan.layout
+        self.sketches[run] = plan.sketch
+        self.depth[run] = 0
+        self.live.append(run)
+        if parent:
+            under = self.under[parent]
+            self.depth[run] = self.depth[under.action.run] + 1
+            under.children.append(run)
+            self.parents[run] = parent
+        self.send(sig.RunSubmitted(run, f"run-{run}", plan.layout, plan.sketch.mode, deadline, True, parent))
         return run
 
     def send(self, *signals):
-        self.steps += 1
-        self.log.append((self.now, list(signals)))
-        actions = self.machine.handle_all(list(signals), self.now)
+        if self.waiting is not None:
+            self.waiting.extend(signals)
+        else:
+            self.turn(list(signals))
+
+    def turn(self, signals):
+        """Tell the machine all of it at once, and do what it says."""
+        self.steps += len(signals)
+        self.log.append((self.now, signals))
+        actions = self.machine.handle_all(signals, self.now)
         self.actions.extend(actions)
+        does = self._do
         for action in actions:
-            getattr(self, "do_" + type(action).__name__)(action)
-        if self.checked:
+            does[type(action)](action)
+        if self.audits and (self.audits >= 1 or self.roll() < self.audits):
             audit(self.machine)
+        if self.came_back:
+            back, self.came_back = self.came_back, []
+            self.turn([sig.ChildrenWait(task, False) for task in back if task in self.under])
+        if self.told_to_stop:
+            stop, self.told_to_stop = self.told_to_stop, []
+            for run in stop:
+                if run not in self.finished:
+                    self.cancel(run)
+
+    def below(self, limit):
+        """A number in [0, limit). `randint` costs four times as much."""
+        return int(self.roll() * limit)
 
     def run(self, most=20_000):
-        """Until every run is over."""
-        while len(self.finished) < len(self.layouts):
-            assert self.steps < most, "the simulation does not end"
-            self.step()
+        """Until every run is over and everything has been found as it should be."""
+        with self.explained():
+            while self.live:
+                assert self.steps < most, "the simulation does not end"
+                self.step()
+            audit(self.machine)
+            self.check_clean()
         return self
 
+    @contextlib.contextmanager
+    def explained(self):
+        """Where not every turn was audited, tell of a fault by the first turn after which the books are wrong."""
+        try:
+            yield
+        except (AssertionError, InvariantError) as seen:
+            if self.audits < 1:
+                machine = Machine(**self.made_of)
+                for turn, (now, signals) in enumerate(self.log):
+                    machine.handle_all(signals, now)
+                    try:
+                        audit(machine)
+                    except InvariantError as first:
+                        first.add_note(f"after turn {turn} of {len(self.log)}: {signals}")
+                        raise first from seen
+            raise
+
     def step(self):
-        choices = []
-        choices.extend(("end", task) for task, under in self.under.items() if not under.hung or under.stopped)
-        choices.extend(("pull", key) for key in self.pulls)
-        choices.extend(("decide", one) for one in self.deciding)
-        choices.extend(("spilled", one) for one in self.spills)
-        if self.timers and (not choices or self.dice.randint(0, 9) == 0):
-            choices = [("timer", min(self.timers, key=lambda timer: self.timers[timer][0]))]
-        if not choices:
+        if self.crowds and self.roll() < self.crowds:
+            self.waiting = []
+            for _ in range(2 + self.below(4)):
+                if not self.happens():
+                    break
+            signals, self.waiting = self.waiting, None
+            if signals:
+                self.turn(signals)
+        elif not self.happens():
             hung = [task for task, under in self.under.items() if under.hung]
             raise AssertionError(f"nothing can happen any more; hung: {hung}, finished: {self.finished}")
-        if self.cancel_share and self.dice.random() < self.cancel_share:
-            live = [run for run in self.layouts if run not in self.finished]
-            self.send(sig.CancelRequested(live[self.dice.randint(0, len(live) - 1)], "by the test"))
-            return
-        if self.stop_share and self.dice.random() < self.stop_share and self.stop_item():
-            return
-        if self.dice.randint(0, 199) == 0:
-            self.send(sig.PressureChanged(self.dice.randint(0, 3), "test"))
-            return
-        kind, what = choices[self.dice.randint(0, len(choices) - 1)]
-        self.now += self.dice.randint(0, 3) / 1000
-        getattr(self, kind)(what)
+
+    def happens(self):
+        """One thing, as the dice say; False when nothing can."""
+        ends = [
+            task
+            for task, under in self.under.items()
+            if not under.children and (not under.hung or under.stopped)
+        ]  # fmt: skip
+        pulls, deciding, spills = len(self.pulls), len(self.deciding), len(self.spills)
+        choices = len(ends) + pulls + deciding + spills
+        if self.timers and (not choices or self.roll() < 0.1):
+            timers = self.timers
+            self.timer(min(timers, key=timers.__getitem__))
+            return True
+        if not choices:
+            return False
+        if self.cancel_share and self.roll() < self.cancel_share:
+            self.cancel(self.live[self.below(len(self.live))])
+            return True
+        if self.stop_share and self.roll() < self.stop_share and self.stop_item():
+            return True
+        if self.roll() < 0.005:
+            self.send(sig.PressureChanged(self.below(4), "test"))
+            return True
+        self.now += self.below(4) / 1000
+        choice = self.below(choices)
+        if choice < len(ends):
+            self.end(ends[choice])
+        elif (choice := choice - len(ends)) < pulls:
+            self.pull(list(self.pulls)[choice])
+        elif (choice := choice - pulls) < deciding:
+            self.decide(self.deciding[choice])
+        else:
+            self.spilled(self.spills[choice - deciding])
+        return True
+
+    def cancel(self, run):
+        """As the driver does: the runs below are stopped as well."""
+        self.send(sig.CancelRequested(run, "by the test"))
+        for child, parent in list(self.parents.items()):
+            if parent in self.under and self.under[parent].action.run == run:
+                self.cancel(child)
+
+    def spawn(self, task):
+        """The attempt starts a child run and waits for it."""
+        self.send(sig.ChildrenWait(task, True))
+        self.submit(self.plans[self.below(len(self.plans))], parent=task)
 
     def stop_item(self):
         """Ask for one item of some map or sink to stop, whether it is there or not."""
-        live = [run for run in self.layouts if run not in self.finished]
-        run = live[self.dice.randint(0, len(live) - 1)]
+        run = self.live[self.below(len(self.live))]
         roles = self.layouts[run].roles
         stages = [stage for stage in range(len(roles)) if roles[stage] in (Role.MAP, Role.SINK)]
         if not stages:
             return False
-        stage = stages[self.dice.randint(0, len(stages) - 1)]
-        self.send(sig.StopItem(run, stage, self.dice.randint(0, 40), "by the test"))
+        stage = stages[self.below(len(stages))]
+        self.send(sig.StopItem(run, stage, self.below(41), "by the test"))
         return True
 
     def chance(self, share):
-        return share > 0 and self.dice.random() < share
+        return share > 0 and self.roll() < share
 
     # ------------------------------------------------------------ what is done
 
@@ -194,7 +351,9 @@ class Simulation:
         if action.task in self.under and action.item >= 0:
             self.under[action.task].doomed.add(action.item)
         elif action.task in self.under:
-            self.under[action.task].stopped = True
+            under = self.under[action.task]
+            under.stopped = True
+            self.told_to_stop.extend(under.children)
 
     def do_SetTimer(self, action):
         assert action.timer not in self.timers
@@ -256,6 +415,11 @@ class Simulation:
         self.pulls = {key: value for key, value in self.pulls.items() if key[0] != action.run}
         self.deciding = [one for one in self.deciding if one[0] != action.run]
         self.spills = [one for one in self.spills if one[0] != action.run]
+        self.live.remove(action.run)
+        parent = self.parents.pop(action.run, 0)
+        if parent:
+            self.under[parent].children.remove(action.run)
+            self.came_back.append(parent)
 
     # ------------------------------------------------------------ what happens
 
@@ -269,7 +433,7 @@ class Simulation:
 
     def spilled(self, one):
         self.spills.remove(one)
-        self.send(sig.Spilled(*one, ok=self.dice.randint(0, 4) > 0))
+        self.send(sig.Spilled(*one, ok=self.roll() < 0.8))
 
     def decide(self, one):
         self.deciding.remove(one)
@@ -285,7 +449,7 @@ class Simulation:
             del self.pulls[key]
             self.send(sig.SourceEnded(run, stage, "cancelled"))
             return
-        count = self.dice.randint(1, asked)
+        count = 1 + self.below(asked)
         items, error, over = [], None, False
         try:
             while len(items) < count:
@@ -302,7 +466,7 @@ class Simulation:
             signals.append(sig.SourceEnded(run, stage, "error" if error else "ok", error))
         if over or self.pulls[key] == 0:
             del self.pulls[key]
-        if len(signals) == 2 and self.dice.randint(0, 1):
+        if len(signals) == 2 and self.roll() < 0.5:
             self.pulls[key] = 0
             self.send(signals[0])
             self.pulls.pop(key, None)
@@ -338,30 +502,50 @@ class Simulation:
 
     def end(self, task):
         under = self.under[task]
+        if self.plans and not under.spawned and self.may_spawn(under):
+            under.spawned = True
+            for _ in range(self.below(3)):
+                self.spawn(task)
+            if under.children:
+                return
         if self.chance(self.deaths) and under.action.lane == "process":
             del self.under[task]
-            suspect = bool(self.dice.randint(0, 1))
+            suspect = self.roll() < 0.5
             lost = ErrorInfo(type="WorkerDiedError", message="died")
             if isinstance(under.action, act.StartBlock):
                 self.send(sig.BlockPart(task, Done(()), final=True, status="lost", error=lost, suspect=suspect))
             else:
                 self.send(sig.AttemptEnded(task, "lost", error=lost, suspect=suspect))
             return
-        if under.stopped and (under.hung or self.dice.randint(0, 1)):
+        if under.stopped and (under.hung or self.roll() < 0.5):
             del self.under[task]
             if isinstance(under.action, act.StartBlock):
                 self.send(sig.BlockPart(task, Done(()), final=True, status="cancelled"))
             else:
                 self.send(sig.AttemptEnded(task, "cancelled"))
             return
-        kind = type(under.action).__name__
-        {"StartAttempt": self.end_attempt, "StartBlock": self.end_block, "StartFold": self.end_fold}[kind](under)
+        kind = type(under.action)
+        if kind is act.StartBlock:
+            self.end_block(under)
+        elif kind is act.StartAttempt:
+            self.end_attempt(under)
+        else:
+            self.end_fold(under)
+
+    def may_spawn(self, under):
+        action = under.action
+        if type(action) is not act.StartAttempt or action.lane not in ("thread", "async"):
+            return False  # from a worker's processes, and beside the inline lane, they run on machines of their own
+        if self.waiting is not None or under.stopped or under.hung or self.depth[action.run] >= DEEPEST:
+            return False
+        policies = self.layouts[action.run].specs[action.stage].policies
+        return policies.timeout is None and self.roll() < 0.25
 
     def end_attempt(self, under):
         action = under.action
         run, stage = action.run, action.stage
         spec = self.layouts[run].specs[stage]
-        ended = sig.AttemptEnded(action.task, roll=self.dice.random(), seconds=self.dice.randint(0, 9) / 1000)
+        ended = sig.AttemptEnded(action.task, roll=self.roll(), seconds=self.below(10) / 1000)
         try:
             result = spec.runner(**self.commons(run, stage), ctx=Ctx(action.attempt, action.feedback))
         except HangError:
@@ -424,16 +608,16 @@ class Simulation:
         if under.at < len(rows):
             number = rows[under.at][0]
             mine = [row for row in rows[under.at :] if row[0] == number]
-            if flat and spec.policies.replayable and self.dice.randint(0, 1) and self.tell_of_some(under, mine[0]):
+            if flat and spec.policies.replayable and self.roll() < 0.5 and self.tell_of_some(under, mine[0]):
                 return
-            take = self.dice.randint(1, len(mine))
+            take = 1 + self.below(len(mine))
             lo, hi, indices, _ = pieces[number]
             first, stop = mine[0][1], mine[0][1] + take
             lo = lo if first == 0 and indices[0] not in under.told else indices[first]
             hi = hi if stop == len(indices) else indices[stop]
             values, failures, counts, mask = [], [], [], 0
             for _, _, index, given in mine[:take]:
-                if index in under.doomed and self.dice.randint(0, 2):
+                if index in under.doomed and self.below(3):
                     status, found = "cancel", "heeded"
                 else:
                     status, found = self.call(action, spec, index, {**given, **commons}, flat)
@@ -465,19 +649,19 @@ class Simulation:
                 sink.extend((self.steps, [value]) for value in values)
             done = Done(
                 ((lo, hi, mask),), tuple(failures), counts=tuple(counts) if flat else None,
-                seconds=take * self.dice.randint(1, 2000) / 1e6,
+                seconds=take * (1 + self.below(2000)) / 1e6,
                 flows=tuple((row[2], under.told[row[2]]) for row in mine[:take] if row[2] in under.told),
             )  # fmt: skip
             under.at += take
-            part = sig.BlockPart(action.task, done, retries=tuple((None, None, self.dice.random()) for _ in failures))
+            part = sig.BlockPart(action.task, done, retries=tuple((None, None, self.roll()) for _ in failures))
             if keeps and values:
                 part.handle, part.nbytes = self.hold(action.run, values), SIZE
-            part.final = under.at == len(rows) and bool(self.dice.randint(0, 1))
+            part.final = under.at == len(rows) and self.roll() < 0.5
         else:
             part = sig.BlockPart(action.task, Done(()), final=True)
         if under.doomed and under.at:
             part.final = True  # a block ends behind the item it was at
-        if not part.final and self.dice.randint(0, 9) == 0 and under.at < len(rows):
+        if not part.final and self.roll() < 0.1 and under.at < len(rows):
             part.final = True  # a time slice is over: the rest goes back
         if part.final:
             del self.under[action.task]
@@ -531,7 +715,7 @@ class Simulation:
             values = spec.runner(item=items, **self.commons(action.run, action.stage), ctx=Ctx(action.attempt))
         except ValueError as error:
             part.status, part.error = "error", ErrorInfo(type="ValueError", message=str(error))
-            part.retries = ((None, None, self.dice.random()),)
+            part.retries = ((None, None, self.roll()),)
         else:
             ranges = []
             for lo, hi, indices, _ in pieces:
@@ -546,7 +730,7 @@ class Simulation:
         action = under.action
         run, stage = action.run, action.stage
         spec = self.layouts[run].specs[stage]
-        ended = sig.AttemptEnded(action.task, roll=self.dice.random())
+        ended = sig.AttemptEnded(action.task, roll=self.roll())
         try:
             if action.job == "merge":
                 acc = [one for accumulator in under.accumulators for one in accumulator]
@@ -586,6 +770,7 @@ class Simulation:
         machine = self.machine
         assert not machine.runs
         assert not machine.tasks
+        assert not machine.holders
         assert machine.live_bytes == 0
         assert machine.spilling == 0
         assert all(lane.used == 0 for lane in machine.lanes.values())
@@ -606,13 +791,15 @@ class Simulation:
 
     def check_reference(self, run):
         """The end is the one that the reference works out."""
-        sketch = self.sketches[run]
-        wanted = sketch.reference()
+        error = self.finished[run].error
+        if error is not None and error.code == "SF-NO-PROGRESS":
+            assert self.depth[run] > 0, "only a child needs what those who wait for it hold"
+            return
+        plan = self.of[run]
+        sketch, wanted, loose = plan.sketch, plan.wanted, plan.loose
         assert self.finished[run].status == wanted.status, (self.finished[run], wanted)
         if not wanted.states:
             return
-        # how far a stream that breaks has come, and who had begun by then, depends on the order of things
-        loose = {stage.name for stage in sketch.stages if self.tainted(wanted, sketch, stage.name)}
         if loose and self.finished[run].reason is not None:
             return  # something behind a broken stream has failed first, and ended the run
         states = self.states(run)
@@ -641,26 +828,11 @@ class Simulation:
             n: k for n, k in wanted.lost.items() if n not in loose
         }
 
-    def tainted(self, wanted, sketch, name):
-        """Whether a stream that failed lies above: how much of it came through depends on the order of things."""
-        by_name = {stage.name: stage for stage in sketch.stages}
-        todo, seen = [name], set()
-        while todo:
-            one = by_name[todo.pop()]
-            if one.name in seen:
-                continue
-            seen.add(one.name)
-            if wanted.states[one.name] == "fail" and one.role in ("source", "map", "flat", "batch", "sink"):
-                return True
-            when = one.policies.get("when")
-            above = (one.over, one.joined, *one.reads, *one.after, when[0] if when else None)
-            todo.extend(other for other in above if other is not None)
-        return False
-
 
 def _written(signal):
     if type(signal) is sig.RunSubmitted:
-        return ["RunSubmitted", {"run": signal.run, "mode": signal.mode, "deadline": signal.deadline}]
+        told = {"run": signal.run, "mode": signal.mode, "deadline": signal.deadline}
+        return ["RunSubmitted", {**told, "parent": signal.parent} if signal.parent else told]
     plain = msgspec.to_builtins(signal)
     defaults = dict(zip(reversed(signal.__struct_fields__), reversed(signal.__struct_defaults__), strict=False))
     fields = {name: value for name, value in plain.items() if getattr(signal, name) != defaults.get(name, sig)}
@@ -698,4 +870,4 @@ def replayed(path):
     return machine
 
 
-__all__ = ["Runner", "Simulation", "SourceRunner", "replayed"]
+__all__ = ["Plan", "Runner", "Simulation", "SourceRunner", "replayed"]

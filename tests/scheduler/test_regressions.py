@@ -68,7 +68,7 @@ def test_a_map_that_fails_as_a_whole_lets_its_readers_end():
 def test_a_long_chain_of_maps_may_drop_everything():
     chain = [StageSketch("m0", "map", over="s", fate=Fate("drop"))]
     chain.extend(StageSketch(f"m{i}", "map", over=f"m{i - 1}") for i in range(1, 600))
-    simulation, run = simulate(StageSketch("s", "source", length=3), *chain, checked=False)
+    simulation, run = simulate(StageSketch("s", "source", length=3), *chain, audits=0.0)
     assert simulation.finished[run].status == "completed"
 
 
