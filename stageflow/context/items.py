@@ -28,7 +28,7 @@ from stageflow.context.attempt import (
     run_coroutine,
 )
 from stageflow.context.flowing import Flowing
-from stageflow.context.parts import REPORT_SECONDS, ItemPort, Part, merged
+from stageflow.context.parts import REPORT_SECONDS, ItemPort, Part, merged, run_pieces
 from stageflow.context.pieces import Done, Piece, batch_of, mask_of, mask_to_wire
 from stageflow.context.stage_context import StageContext
 from stageflow.core.errors import StageCancelledError
@@ -39,7 +39,8 @@ from stageflow.core.worker import stops_item
 if TYPE_CHECKING:
     from stageflow.core.worker import WorkerPort
 
-SLICE_SECONDS: Final = 0.04  # a block is given back after this much work: twice what the largest is meant to take
+SLICE_SECONDS: Final = 0.08  # a block is given back after this much work: twice what the largest is meant to take
+BRIEF_SECONDS: Final = 0.04  # the same on a loop, which has others to serve, and of stages that may wait outside
 GROUP: Final = 512  # calls between two looks at the clock, at most
 BRIEF_GROUP: Final = 16  # the same of stages that may wait outside, where the other items could wait side by side
 
@@ -47,7 +48,7 @@ BRIEF_GROUP: Final = 16  # the same of stages that may wait outside, where the o
 class ItemProgram(Program):
     """A map or sink stage. `flat` runners are generators that give any number of items per element."""
 
-    __slots__ = ("batch", "flat", "flows", "group", "keeps_values")
+    __slots__ = ("batch", "flat", "flows", "group", "keeps_values", "seconds")
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class ItemProgram(Program):
         self.flows = flows
         self.keeps_values = keeps_values
         self.group = BRIEF_GROUP if brief else GROUP
+        self.seconds = BRIEF_SECONDS if brief else SLICE_SECONDS
 
     # ------------------------------------------------------------ threads and processes
 
@@ -76,28 +78,9 @@ class ItemProgram(Program):
         if self.batch:
             return self._run_batch(port, header, snapshot, parsed, args)
         started = time.perf_counter()
-        last = len(parsed) - 1
-        held: Reply | None = None  # finished pieces that are reported with the next: many small ones make one part
-        held_seconds = 0.0
-        for number, piece in enumerate(parsed):
-            left_at, reply = yield from self._run_piece(port, header, snapshot, piece, args, started)
-            piece_seconds = reply.meta.seconds
-            if held is not None:
-                reply = merged(held, reply)
-            held_seconds += piece_seconds
-            if left_at is None and number == last:
-                return reply
-            if left_at is not None:
-                unrun = [(left_at, piece.hi)] if left_at < piece.hi else []
-                unrun.extend((later.lo, later.hi) for later in parsed[number + 1 :])
-                reply.meta = msgspec.structs.replace(reply.meta, unrun=tuple(unrun))
-                return reply
-            if held_seconds + piece_seconds < REPORT_SECONDS:
-                held = reply
-            else:
-                held, held_seconds = None, 0.0
-                yield reply
-        return Reply(None, Done(()), has_value=False)
+        return (
+            yield from run_pieces(parsed, lambda piece: self._run_piece(port, header, snapshot, piece, args, started))
+        )
 
     def _run_piece(
         self, port: WorkerPort, header: Header, snapshot: Any, piece: Piece, args: tuple[Any, ...], started: float
@@ -139,7 +122,7 @@ class ItemProgram(Program):
             reply = part.reply(indices, position, perf() - part_started, time.thread_time() - cpu_started)
             if position >= total:
                 return None, reply
-            if port.cancelled() or perf() - started > SLICE_SECONDS:
+            if port.cancelled() or perf() - started > self.seconds:
                 return int(indices[position]), reply
             yield reply
 
@@ -318,7 +301,7 @@ class ItemProgram(Program):
         if self.batch:
             return await self._run_batch_async(port, header, snapshot, list(pieces), args, commons)
         whole: Reply | None = None
-        until = time.perf_counter() + SLICE_SECONDS
+        until = time.perf_counter() + BRIEF_SECONDS
         own: ItemPort | None = None
         if len(pieces) > 1 or pieces[0].count() > 1:
             own = ItemPort(port)

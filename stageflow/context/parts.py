@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import islice
+from operator import add
 from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from stageflow.context.attempt import Header
 from stageflow.context.pieces import Done, ItemFailure, Piece, mask_of, mask_to_wire, weight
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from stageflow.context.items import ItemProgram
     from stageflow.core.worker import WorkerPort
 
-REPORT_SECONDS: Final = 0.01  # finished results that a lost worker would take with it
+REPORT_SECONDS: Final = 0.02  # finished results that a lost worker would take with it
 PART_BYTES: Final = 256 << 10  # results that weigh this much are reported without waiting for more
 
 
@@ -253,6 +256,35 @@ class Part:
         return Reply(self.values if has_value else None, done, has_value=has_value)
 
 
+def run_pieces(
+    pieces: Sequence[Piece], run: Callable[[Piece], Generator[Reply, None, tuple[int | None, Reply]]]
+) -> Generator[Reply, None, Reply]:
+    """Run the pieces of a block one after the other; yields a Reply per part and returns the last one, which ends the
+    call together with it. `run` says at which index it stopped early (or None)."""
+    last = len(pieces) - 1
+    held: Reply | None = None  # finished pieces that are reported with the next: many small ones make one part
+    held_seconds = 0.0
+    for number, piece in enumerate(pieces):
+        left_at, reply = yield from run(piece)
+        piece_seconds = reply.meta.seconds
+        if held is not None:
+            reply = merged(held, reply)
+        held_seconds += piece_seconds
+        if left_at is None and number == last:
+            return reply
+        if left_at is not None:
+            unrun = [(left_at, piece.hi)] if left_at < piece.hi else []
+            unrun.extend((later.lo, later.hi) for later in pieces[number + 1 :])
+            reply.meta = msgspec.structs.replace(reply.meta, unrun=tuple(unrun))
+            return reply
+        if held_seconds + piece_seconds < REPORT_SECONDS:
+            held = reply
+        else:
+            held, held_seconds = None, 0.0
+            yield reply
+    return Reply(None, Done(()), has_value=False)
+
+
 def merged(first: Reply, second: Reply) -> Reply:
     """Two parts as one, in their order."""
     a: Done = first.meta
@@ -265,6 +297,7 @@ def merged(first: Reply, second: Reply) -> Reply:
         counts,
         a.seconds + b.seconds,
         a.cpu_seconds + b.cpu_seconds,
+        inner=None if a.inner is None or b.inner is None else tuple(map(_added, a.inner, b.inner)),
         flows=(*a.flows, *b.flows),
     )
     if not first.has_value:
@@ -272,3 +305,11 @@ def merged(first: Reply, second: Reply) -> Reply:
     if not second.has_value:
         return Reply(first.value, done)
     return Reply([*first.value, *second.value], done)
+
+
+def _added(
+    first: tuple[int, int, int, float, float], second: tuple[int, int, int, float, float]
+) -> tuple[int, int, int, float, float]:
+    """What two parts say of one stage of a region."""
+    ok, dropped, failed, seconds, cpu_seconds = map(add, first, second)
+    return int(ok), int(dropped), int(failed), seconds, cpu_seconds

@@ -16,7 +16,7 @@ import msgspec
 
 from stageflow.context.attempt import Header
 from stageflow.context.items import SLICE_SECONDS, ItemProgram
-from stageflow.context.parts import PART_BYTES, REPORT_SECONDS, Part
+from stageflow.context.parts import PART_BYTES, REPORT_SECONDS, Part, run_pieces
 from stageflow.context.pieces import Done, ItemFailure, Piece, mask_of, mask_to_wire, weight
 from stageflow.context.tracing import Traced
 from stageflow.core.executor import Reply
@@ -51,18 +51,9 @@ class RegionProgram:
         """Run a block; yields a Reply per part, and returns the last."""
         parsed = [piece if type(piece) is Piece else Piece(*piece) for piece in pieces]
         started = time.perf_counter()
-        last = len(parsed) - 1
-        for number, piece in enumerate(parsed):
-            left_at, reply = yield from self._run_piece(port, header, snapshot, piece, args, started)
-            if left_at is None and number == last:
-                return reply
-            if left_at is not None:
-                unrun = [(left_at, piece.hi)] if left_at < piece.hi else []
-                unrun.extend((later.lo, later.hi) for later in parsed[number + 1 :])
-                reply.meta = msgspec.structs.replace(reply.meta, unrun=tuple(unrun))
-                return reply
-            yield reply
-        return Reply(None, Done(()), has_value=False)
+        return (
+            yield from run_pieces(parsed, lambda piece: self._run_piece(port, header, snapshot, piece, args, started))
+        )
 
     def _run_piece(
         self, port: WorkerPort, header: Header, snapshot: Any, piece: Piece, args: tuple[Any, ...], started: float

@@ -223,6 +223,12 @@ def _audit_stream(run: Run, stream: Stream) -> None:
     counted = sum(segment.count() for segment in _ready_segments(stream))
     if not stream.ended:
         _check(stream.ready_count == counted, "ready counts the items that may run", name, stream.ready_count, counted)
+    weights: Counter[int] = Counter()
+    for segment in _ready_segments(stream):
+        for column, (chunk, _) in enumerate(segment.columns):
+            weights[column] += int(chunk.each * segment.count())
+    for weight in weights.values():
+        _check(weight <= run.live_bytes, "items weigh no more than the values they lie in", name, weight)
     if run.ending is None and run.state[stream.stage] == _S.FLOWING and stream.in_total >= 0:
         _check(stream.arrived <= stream.in_total, "no more items come in than there are", name, stream.arrived)
 

@@ -19,7 +19,7 @@ from stageflow.scheduler import signals as sig
 from stageflow.scheduler.backpressure import BLOCK_BYTES, View, strictest, unseen_bytes
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
-from stageflow.scheduler.ranges import NOTHING, first_of, ranges_without, submask, without_stopped
+from stageflow.scheduler.ranges import NOTHING, first_of, ranges_without, submask, values_of, without_stopped
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Chunk, Segment, Stream
 
@@ -230,7 +230,8 @@ class BlockRules:
         elif task.stopping is not None and signal.done.failures:
             signal.done = without_stopped(signal.done)
         if signal.handle:
-            chunk = Chunk(signal.handle, 1, signal.nbytes)  # held until all its ranges are given away
+            # held until all its ranges are given away
+            chunk = Chunk(signal.handle, 1, signal.nbytes, values_of(signal.done))
             self._account(run, signal.nbytes)
         if signal.done.ranges:
             self._take_ranges(run, task, stream, signal, chunk, now)

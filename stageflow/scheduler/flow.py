@@ -23,7 +23,7 @@ from stageflow.scheduler.books import Run
 from stageflow.scheduler.layout import BRIEF, MAX_BLOCK
 from stageflow.scheduler.ranges import NOTHING, TOO_LARGE, end_of
 from stageflow.scheduler.states import ENDED, StageState
-from stageflow.scheduler.streams import Chunk, Fold, Frontier, Join, Segment, Stream
+from stageflow.scheduler.streams import NEAR_SECONDS, Chunk, Fold, Frontier, Join, Segment, Stream
 
 if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
@@ -47,6 +47,8 @@ class FlowRules:
         role = layout.roles[stage]
         stream.can_block = layout.block[stage] > 0
         stream.brief = layout.block[stage] == BRIEF
+        if layout.lanes[stage] != "process":
+            stream.ample = NEAR_SECONDS
         stream.keeps = stage in layout.keeps or stage in layout.collectors
         if stage in layout.collectors:
             stream.spill = all(

@@ -76,6 +76,13 @@ def without_stopped(done: Done) -> Done:
     return msgspec.structs.replace(done, ranges=ranges, failures=failures)
 
 
+def values_of(done: Done) -> int:
+    """How many values a part brings along."""
+    if done.counts is not None:
+        return sum(done.counts)
+    return sum(hi - lo if mask < 0 else mask.bit_count() for lo, hi, mask in done.ranges)
+
+
 def submask(lo: int, mask: int, start: int, stop: int) -> int:
     if mask < 0:
         return -1

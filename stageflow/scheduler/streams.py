@@ -19,10 +19,14 @@ from stageflow.core.output import ErrorInfo
 #: seconds of work a block aims at; 0.25 to 4 ms cannot be told apart for no-ops, longer ones cost the tail
 BLOCK_SECONDS: Final = 0.002
 #: as much where more is waiting than every slot needs: a hand-over costs the one parent 0.3 ms, whoever does the work
-AMPLE_SECONDS: Final = 0.02
+AMPLE_SECONDS: Final = 0.04
+#: the same in the lanes of the parent itself, where a block keeps others from the loop or the interpreter
+NEAR_SECONDS: Final = 0.02
 #: as much of what blocks on something outside: a thread for each item gains nothing where starting it takes as long
 BRIEF_SECONDS: Final = 0.0005
 SMOOTHING: Final = 0.3
+#: what blocks outside waits for the interpreter as well: one late answer says little, several in a row say it is slow
+DOUBT: Final = 0.5
 
 
 class Chunk:
@@ -364,6 +368,7 @@ class Stream:
     """One source, map, sink or reduce of one run."""
 
     __slots__ = (
+        "ample",
         "arrived",
         "attempt",
         "avg_bytes",
@@ -471,6 +476,7 @@ class Stream:
         self.measured = 0
         self.started_at = -1.0
         self.can_block = False
+        self.ample = AMPLE_SECONDS  # of its lane
         self.brief = False  # in blocks only what takes no longer than its hand-over
         self.collected = 0  # readers of the whole stream that have ended
         self.serial = False
@@ -531,7 +537,10 @@ class Stream:
         if self.measured == 0:
             self.avg_seconds, self.avg_bytes = per_item, per_bytes
         else:
-            self.avg_seconds += SMOOTHING * (per_item - self.avg_seconds)
+            step = SMOOTHING * (per_item - self.avg_seconds)
+            if self.brief:
+                step = min(step, self.avg_seconds * DOUBT)
+            self.avg_seconds += step
             self.avg_bytes += SMOOTHING * (per_bytes - self.avg_bytes)
         self.measured += items
 
@@ -549,7 +558,7 @@ class Stream:
         if self.measured == 0:
             return 1  # neither its time nor its bytes are known: whole blocks of large results would break the budget
         if self.avg_seconds > 0:
-            ample = min(int(AMPLE_SECONDS / self.avg_seconds), waiting // (2 * slots))
+            ample = min(int(self.ample / self.avg_seconds), waiting // (2 * slots))
             wanted = max(1, min(max(int(BLOCK_SECONDS / self.avg_seconds), ample), most))
         else:
             wanted = most

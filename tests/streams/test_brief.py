@@ -11,6 +11,7 @@ from stageflow import Engine, PipelineBuilder
 from stageflow.context.attempt import CallPlan
 from stageflow.context.items import BRIEF_GROUP, ItemProgram
 from stageflow.context.pieces import Piece
+from stageflow.scheduler.streams import Stream
 
 
 def numbers(n):
@@ -114,3 +115,30 @@ async def test_on_the_loop_too():
     ((lo, hi, _),) = reply.meta.ranges
     assert lo == 0
     assert 11 <= hi <= 25, "40 ms of items that take 3 ms"
+
+
+def brief_stream():
+    stream = Stream(0)
+    stream.can_block = stream.brief = True
+    stream.measure(16, 16 * 30e-6, 0)
+    assert stream.block_size(32, 512) == 16
+    return stream
+
+
+def test_one_late_answer_does_not_end_the_blocks_of_short_items_but_several_do():
+    stream = brief_stream()
+    stream.measure(1, 0.005, 0)  # it waited for the interpreter
+    assert stream.block_size(32, 512) >= 8
+    for _ in range(8):
+        stream.measure(1, 0.005, 0)
+    assert stream.block_size(32, 512) == 1
+
+
+def test_items_that_turn_out_short_after_all_go_in_blocks_again():
+    stream = brief_stream()
+    for _ in range(30):
+        stream.measure(1, 0.005, 0)
+    assert stream.block_size(32, 512) == 1
+    for _ in range(12):
+        stream.measure(1, 30e-6, 0)
+    assert stream.block_size(32, 512) >= 4

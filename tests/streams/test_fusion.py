@@ -9,6 +9,10 @@ import threading
 import pytest
 
 from stageflow import DROP, PipelineBuilder, StageContext
+from stageflow.context.attempt import CallPlan, Header
+from stageflow.context.items import ItemProgram
+from stageflow.context.pieces import Piece
+from stageflow.context.region import RegionProgram
 
 
 def numbers(n: int):
@@ -184,3 +188,39 @@ def test_the_plan_shows_what_is_fused():
     text = chain().plan().to_text()
     assert "first -> second -> third" in text
     assert "back to back" not in chain(False).plan().to_text()
+
+
+class Port:
+    """As much of a worker's port as a block of plain calls uses."""
+
+    lane = "process"
+    worker_pid = progress = note = buffer = None
+
+    def cancelled(self):
+        return False
+
+
+def member(name: str, function) -> ItemProgram:
+    plan = CallPlan((), (("element", 0),), (), False)
+    return ItemProgram(name=name, kind="transform", runner=function, form="function", is_async=False, plan=plan)
+
+
+def test_many_small_pieces_are_reported_together_and_counted_stage_by_stage():
+    region = RegionProgram([member("first", first), member("second", second)])
+    pieces = tuple(Piece(lo, lo + 2, -1, ((number, 0),)) for number, lo in enumerate(range(0, 40, 2)))
+    steps = region(Port(), Header("run"), None, pieces, *([lo, lo + 1] for lo in range(0, 40, 2)))
+    parts = []
+    while True:
+        try:
+            parts.append(next(steps))
+        except StopIteration as end:
+            parts.append(end.value)
+            break
+    assert len(parts) <= 3, "a message for each piece would be twenty"
+    assert [lo for part in parts for lo, _, _ in part.meta.ranges] == list(range(0, 40, 2))
+    there = [x for x in range(40) if x % 7]
+    left = [2 * (x + 1) for x in there if (x + 1) % 5 and x != 12]
+    assert [value for part in parts for value in part.value or ()] == left
+    assert [(one.index, one.member) for part in parts for one in part.meta.failures] == [(12, 1)]
+    counts = [tuple(map(sum, zip(*(part.meta.inner[number][:3] for part in parts), strict=True))) for number in (0, 1)]
+    assert counts == [(len(there), 40 - len(there), 0), (len(left), len(there) - len(left) - 1, 1)]
