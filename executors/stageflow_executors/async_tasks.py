@@ -143,6 +143,11 @@ def _end(port: LocalPort, task: asyncio.Future[Any]) -> None:
         task.cancel()
 
 
+def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:
+    """Whether somebody wants the task itself to end, rather than what it waits for."""
+    return task is not None and task.cancelling() > 0
+
+
 async def _settled(result: Any) -> tuple[Any, SystemExit | None]:
     """Value, or a SystemExit as a value: a task that raised it would end the loop, not the call."""
     try:
@@ -204,7 +209,7 @@ class InlineExecutor(LocalLane):
                             await asyncio.sleep(0)
                 outcome = port.ok(result, time.monotonic() - started)
             except BaseException as error:
-                if isinstance(error, asyncio.CancelledError) and not port.cancelled():
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled(asyncio.current_task()):
                     self._end(port, port.cancelled_outcome())
                     raise
                 outcome = port.failed(error, time.monotonic() - started)

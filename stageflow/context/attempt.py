@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -102,15 +103,19 @@ async def awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
+def _kept_runner() -> asyncio.Runner:
+    kept: _KeptLoop | None = getattr(_local, "kept", None)
+    if kept is None:
+        kept = _local.kept = _KeptLoop()
+    return kept.runner
+
+
 def run_coroutine(coroutine: Any, port: WorkerPort | None = None) -> Any:
     """Run a coroutine to its end in this thread, on a loop that the thread keeps. A cancel of the attempt cancels
     it."""
     import asyncio
 
-    kept: _KeptLoop | None = getattr(_local, "kept", None)
-    if kept is None:
-        kept = _local.kept = _KeptLoop()
-    runner = kept.runner
+    runner = _kept_runner()
     loop = runner.get_loop()
 
     async def guarded() -> Any:
@@ -183,6 +188,7 @@ class Program:
     """One stage as workers know it: the runner, how to call it, and what to do around the call."""
 
     __slots__ = (
+        "_awaits",
         "_bound",
         "_checker",
         "_sure",
@@ -233,6 +239,7 @@ class Program:
         self.resource_scope = resource_scope
         self.inside = inside  #: interceptors that asked to be called here; then there is a context
         self.grace = grace  #: seconds for the cleanups of an attempt
+        self._awaits = False  # what it calls has returned a coroutine without being a coroutine function
         self._bound: Callable[..., Any] | None = None
         self._checker: Any = None
         self._sure: frozenset[type] = frozenset()
@@ -246,6 +253,7 @@ class Program:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._awaits = False
         self._bound = None
         self._checker = None
         self._sure = frozenset()
@@ -363,7 +371,8 @@ class Program:
         self.check(result)
         if artifacts:
             return Reply(result, StageOutput(artifacts=tuple(artifacts)))
-        return result
+        # the lanes take a bare generator for one of parts
+        return Reply(result) if type(result) is GeneratorType else result
 
     @property
     def checks(self) -> bool:
@@ -493,18 +502,48 @@ def close_iterator(iterator: Any) -> None:
 
 
 def drain_async(iterator: Any, port: WorkerPort) -> Iterator[Any]:
-    """The items of an async iterator, pulled on this thread's loop by one task (context variables and scopes stay
-    whole)."""
+    """The items of an async iterator, pulled on this thread's loop. One task drives it from the first to its close:
+    cancel scopes and timeouts that are open across a `yield` stay whole."""
+    import asyncio
+
     step = iterator.__aiter__()
-    while True:
+    loop = _kept_runner().get_loop()
+    wanted, given = asyncio.Event(), asyncio.Event()
+    box: list[Any] = []
+
+    async def drive() -> None:
         try:
-            value = run_coroutine(step.__anext__(), port)
-        except StopAsyncIteration:
-            return
-        try:
-            yield value
-        except GeneratorExit:
+            async for value in step:
+                box.append(value)
+                given.set()
+                await wanted.wait()
+                wanted.clear()
+        finally:
             aclose = getattr(step, "aclose", None)
             if aclose is not None:
-                run_coroutine(aclose())
-            raise
+                await aclose()
+
+    async def pull() -> None:
+        waiting = asyncio.ensure_future(given.wait())
+        try:
+            await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+
+    task = loop.create_task(drive())
+    port.on_cancel(partial(_cancel_threadsafe, loop, task))
+    try:
+        while True:
+            loop.run_until_complete(pull())
+            if box:
+                given.clear()
+                yield box.pop()
+                wanted.set()
+            else:
+                task.result()
+                return
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)

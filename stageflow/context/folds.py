@@ -10,6 +10,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -109,6 +110,12 @@ class ReduceProgram(Program):
     def _check(self, accumulator: Any, job: str) -> None:
         """A declared contract is checked at every step; an annotation once per block, for looking through all of an
         accumulator after each step would cost the square of its size."""
+        if type(accumulator) is CoroutineType:
+            accumulator.close()
+            raise TypeError(
+                f"the function of reduce {self.name!r} returned a coroutine; make it an `async def` of its own, which "
+                "is awaited at every step"
+            )
         if self.contract is not None or job == "fold":
             self.check(accumulator)
 

@@ -103,7 +103,7 @@ class ItemProgram(Program):
             while position < total:
                 stop = min(total, position + group)
                 if simple:
-                    position = part.run_simple(self.target(), columns[0], indices, position, stop, header)
+                    position = part.run_simple(self.target(), columns[0], indices, position, stop, header, port)
                 else:
                     position = part.run_each(
                         port, header, snapshot, commons, columns, indices, position, stop, part_started
@@ -175,7 +175,12 @@ class ItemProgram(Program):
             and not plan.wants_ctx
             and not self.is_async
             and not self.flat
+            and not self._awaits
         )
+
+    def makes_coroutines(self) -> None:
+        """The function is none, but returns some: from now on its calls are made one by one, each with its port."""
+        self._awaits = True
 
     def call_item(
         self,

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from operator import add
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from stageflow.context.attempt import Header
+from stageflow.context.attempt import Header, run_coroutine
 from stageflow.context.pieces import Done, ItemFailure, Piece, mask_of, mask_to_wire, weight
 from stageflow.context.stage_context import StageContext
 from stageflow.core.errors import StageCancelledError
@@ -98,6 +99,7 @@ class Part:
         position: int,
         stop: int,
         header: Header,
+        port: WorkerPort,
     ) -> int:
         """Call `function` on items [position, stop) with the loop in C; returns where it stopped."""
         values: list[Any] = []
@@ -108,27 +110,39 @@ class Part:
             except Exception as error:
                 # what was computed before the exception is in `values`: list.extend appends as it goes
                 position += len(values) - before
-                self._absorb(values, indices, position - len(values), header.attempt)
+                self._absorb(values, indices, position - len(values), header.attempt, port)
                 values = []
                 self.fail(indices[position], self.piece.path(position, indices[position]), error, header.attempt)
                 position += 1
             else:
-                position = stop
-        self._absorb(values, indices, position - len(values), header.attempt)
+                position += len(values) - before
+                if position < stop:
+                    # a StopIteration of the function ends `map` without a word: its item must not get lost with it
+                    self._absorb(values, indices, position - len(values), header.attempt, port)
+                    values = []
+                    self.fail(
+                        indices[position], self.piece.path(position, indices[position]), _stopped(), header.attempt
+                    )
+                    position += 1
+        self._absorb(values, indices, position - len(values), header.attempt, port)
         return position
 
-    def _absorb(self, values: list[Any], indices: Sequence[int], first: int, attempt: int) -> None:
+    def _absorb(self, values: list[Any], indices: Sequence[int], first: int, attempt: int, port: WorkerPort) -> None:
         """Take over plain results; single out DROP, StageOutput and what has to be looked at to be checked."""
         if not values:
             return
         kinds = set(map(type, values))
-        if Drop in kinds or StageOutput in kinds or not self.program.passes(kinds):
+        coroutines = CoroutineType in kinds
+        if coroutines:
+            self.program.makes_coroutines()
+        if coroutines or Drop in kinds or StageOutput in kinds or not self.program.passes(kinds):
             for offset, value in enumerate(values):
                 index = indices[first + offset]
                 path = self.piece.path(first + offset, index)
                 try:
-                    self.take(value, index, path, None)
-                except Exception as error:
+                    result = run_coroutine(value, port) if type(value) is CoroutineType else value
+                    self.take(result, index, path, None)
+                except (Exception, SystemExit) as error:
                     self.fail(index, path, error, attempt)
             return
         if not self.whole:
@@ -254,6 +268,13 @@ class Part:
         done = Done(ranges, tuple(self.failures), (), counts, seconds, cpu, flows=self.flows)
         has_value = self.program.keeps_values and (bool(self.values) or self.program.flat)
         return Reply(self.values if has_value else None, done, has_value=has_value)
+
+
+def _stopped() -> StopIteration:
+    """The StopIteration of a function that was called in C: what it said is gone with it."""
+    error = StopIteration("raised by the stage's function")
+    error.add_note("most often a bare next() that found nothing; give it a default: next(items, None)")
+    return error
 
 
 def run_pieces(

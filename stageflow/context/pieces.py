@@ -83,7 +83,10 @@ def weight(value: Any) -> int:
         return 0
     if kind is bytes or kind is str or kind is bytearray:
         return len(value)
-    nbytes = getattr(value, "nbytes", 0)
+    try:
+        nbytes = getattr(value, "nbytes", 0)
+    except Exception:  # a `__getattr__` that raises what it likes
+        return 0
     return nbytes if type(nbytes) is int else 0
 
 

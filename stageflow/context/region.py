@@ -115,7 +115,7 @@ class _RegionPart:
         part = Part(head, self.piece, position)
         with self.region.scope(0, port, header):
             if head._is_simple(len(columns)):
-                reached = part.run_simple(head.target(), columns[0], self.indices, position, stop, header)
+                reached = part.run_simple(head.target(), columns[0], self.indices, position, stop, header, port)
             else:
                 reached = part.run_each(
                     port, header, snapshot, commons, columns, self.indices, position, stop, begun
@@ -131,7 +131,7 @@ class _RegionPart:
             count, at = len(survivors), 0
             with self.region.scope(number, port, header):
                 if program._is_simple(1):
-                    part.run_simple(program.target(), values, survivors, 0, count, header)
+                    part.run_simple(program.target(), values, survivors, 0, count, header, port)
                 else:
                     while at < count:
                         at = part.run_each(port, header, snapshot, (), [values], survivors, at, count, begun)

@@ -3,9 +3,10 @@ pools)."""
 
 from __future__ import annotations
 
+import math
 import pickle
 import traceback
-from typing import Final
+from typing import Any, Final
 
 from stageflow.core.errors import StageflowError
 from stageflow.core.output import ErrorInfo
@@ -48,7 +49,7 @@ def _capture(
 ) -> ErrorInfo:
     try:
         message = str(error.message) if isinstance(error, StageflowError) else str(error)
-    except Exception as broken:
+    except BaseException as broken:
         message = f"<str() of the exception raised {type(broken).__name__}>"
     frames = error.__traceback__
     for _ in range(skip_frames):
@@ -57,26 +58,24 @@ def _capture(
         frames = frames.tb_next
     try:
         text = "".join(traceback.format_exception(type(error), error, frames, chain=True))
-    except Exception as broken:
+    except BaseException as broken:
         text = f"<the traceback could not be formatted: {type(broken).__name__}>"
-    raw_notes = getattr(error, "__notes__", ())
     try:
-        notes = tuple(str(note) for note in raw_notes)
-    except Exception:
+        notes = tuple(_sendable(str(note)) for note in getattr(error, "__notes__", ()))
+    except BaseException:
         notes = ()
-    retry_after = getattr(error, "retry_after", None)
     cause = error.__cause__
     fields = getattr(error, "__dict__", {}) if isinstance(error, StageflowError) else {}
+    if len(text) > _MAX_TRACEBACK:
+        text = text[: _MAX_TRACEBACK // 2] + "\n...\n" + text[-_MAX_TRACEBACK // 2 :]
     return ErrorInfo(
         type=type_name(type(error)),
-        message=message[:_MAX_MESSAGE],
-        traceback=text
-        if len(text) <= _MAX_TRACEBACK
-        else text[: _MAX_TRACEBACK // 2] + "\n...\n" + text[-_MAX_TRACEBACK // 2 :],
+        message=_sendable(message[:_MAX_MESSAGE]),
+        traceback=_sendable(text),
         notes=notes,
         cause=_capture(cause, None, None, None, None, False, 0, depth + 1) if cause is not None and depth < 4 else None,
-        retryable=bool(getattr(error, "retryable", False)),
-        retry_after=float(retry_after) if isinstance(retry_after, int | float) else None,
+        retryable=_retryable(error),
+        retry_after=_retry_after(error),
         code=error.code if isinstance(error, StageflowError) else None,
         lane=lane,
         worker_pid=worker_pid,
@@ -93,15 +92,71 @@ def _capture(
     )
 
 
-def _pickle(error: BaseException) -> bytes | None:
+def _sendable(text: str) -> str:
+    """The text, with what UTF-8 has no bytes for (half of a surrogate pair, as in some file names) spelled out."""
     try:
-        data = pickle.dumps(error, protocol=5)
-        if len(data) > _MAX_PICKLE:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
+def _retryable(error: BaseException) -> bool:
+    try:
+        return bool(getattr(error, "retryable", False))
+    except Exception:
+        return False
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds the exception asks to be waited; None where it names no such number."""
+    try:
+        seconds = getattr(error, "retry_after", None)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             return None
-        pickle.loads(data)  # an exception whose __init__ or __reduce__ raises would only be found out by the reader
+        return float(seconds) if 0 <= seconds < math.inf else None
     except Exception:
         return None
-    return data
+
+
+def _pickle(error: BaseException) -> bytes | None:
+    """The exception, or by its parts where its class cannot be called with `args`, as pickle does: what an __init__
+    with arguments of its own makes of its own result is another exception or none. None where neither comes back."""
+    for made in (error, _Parts(error)):
+        try:
+            data = pickle.dumps(made, protocol=5)
+            if len(data) > _MAX_PICKLE:
+                return None
+            if _says_the_same(pickle.loads(data), error):
+                return data
+        except Exception:  # an exception whose __init__ or __reduce__ raises would only be found out by the reader
+            continue
+    return None
+
+
+def _says_the_same(loaded: Any, error: BaseException) -> bool:
+    """False where `loaded` is `error` made anew with its own text as argument. One that pickles as something else
+    knows what it does."""
+    if type(loaded) is not type(error):
+        return isinstance(loaded, BaseException)
+    return str(loaded) == str(error)
+
+
+class _Parts:
+    """Pickles as the exception that it holds, made without calling its __init__."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_parts, (type(self.error), self.error.args, self.error.__dict__)
+
+
+def _from_parts(cls: type[BaseException], args: tuple[Any, ...], fields: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class RemoteTraceback(Exception):

@@ -85,7 +85,7 @@ def test_an_exception_comes_out_as_it_went_in_with_its_own_traceback():
 
 
 class TwoArguments(Exception):
-    """Unpickles by calling its class with one argument, which fails: `pickle.loads` raises in the reader."""
+    """Unpickles by calling its class with one argument, which fails: `pickle.loads` alone raises in the reader."""
 
     def __init__(self, first, second):
         super().__init__(first)
@@ -104,8 +104,25 @@ class Hostile(Exception):
         raise RuntimeError("no pickle")
 
 
+class Numbered(Exception):
+    """Unpickles as another: made anew with its own text as argument, it says it twice."""
+
+    def __init__(self, what, number=7):
+        super().__init__(f"{number}: {what}")
+        self.number = number
+
+
+@pytest.mark.parametrize("error", [TwoArguments("a", "b"), Numbered("page", 404), OSError(2, "gone", "file.txt")])
+def test_an_exception_whose_init_has_arguments_of_its_own_comes_out_as_it_went_in(error):
+    again = revive(across(capture(raised(error))))
+    assert type(again) is type(error)
+    assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
+
+
 def test_an_exception_that_cannot_be_pickled_is_described():
-    info = across(capture(raised(TwoArguments("a", "b"))))
+    error = TwoArguments("a", "b")
+    error.handle = lambda: None
+    info = across(capture(raised(error)))
     assert info.pickled is None
     again = revive(info)
     assert isinstance(again, RemoteError)
@@ -118,6 +135,33 @@ def test_describing_an_exception_never_raises():
     assert info.message == "<str() of the exception raised RuntimeError>"
     assert info.pickled is None
     assert isinstance(revive(info), RemoteError)
+
+
+class Moody(Exception):
+    """What it is asked for beside its text raises, or is no number of seconds."""
+
+    def __init__(self, retry_after=None):
+        super().__init__("moody")
+        self.retry_after = retry_after
+
+    @property
+    def retryable(self):
+        raise RuntimeError("who knows")
+
+
+@pytest.mark.parametrize("wait", [float("nan"), float("inf"), -1, True, "soon", 10**400])
+def test_a_wait_that_is_no_number_of_seconds_is_none(wait):
+    info = across(capture(raised(Moody(wait))))
+    assert (info.message, info.retry_after, info.retryable) == ("moody", None, False)
+
+
+def test_a_text_that_utf_8_has_no_bytes_for_crosses():
+    error = ValueError("cannot open 'caf\udce9.txt'")
+    error.add_note("caf\udce9")
+    info = across(capture(raised(error)))
+    assert info.message == r"cannot open 'caf\udce9.txt'"
+    assert r"caf\udce9" in info.traceback
+    assert str(revive(info)) == str(error), "the exception itself keeps its text"
 
 
 def test_a_recursion_error_does_not_fill_a_frame():

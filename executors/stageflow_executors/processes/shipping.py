@@ -137,19 +137,19 @@ class Shipping:
                 self._add(local, "a value")
 
     def _add(self, objects: list[Any], label: str) -> None:
-        fresh = False
-        pending = list(objects)
+        bundle = self._bundle.copy()  # replaced as a whole: what cannot be sent must not stay and fail all that follow
+        fresh, pending = False, list(objects)
         while pending:
             obj = pending.pop()
             name = (obj.__module__, obj.__qualname__.partition(".")[0])
             top = getattr(sys.modules.get(name[0]), name[1], None)
-            if top is None or not isinstance(top, type | types.FunctionType) or self._bundle.get(name) is top:
+            if top is None or not isinstance(top, type | types.FunctionType) or bundle.get(name) is top:
                 continue
-            self._bundle[name] = top
-            fresh = True
+            bundle[name], fresh = top, True
             pending.extend(self._cloudpickle(top, label)[1])
         if fresh:
-            self.bundle_data = self._cloudpickle(self._bundle, label)[0]
+            self.bundle_data = self._cloudpickle(bundle, label)[0]
+            self._bundle = bundle
             self.version += 1
 
     def _cloudpickle(self, value: Any, label: str) -> tuple[bytes, list[Any]]:

@@ -1,0 +1,144 @@
+"""What functions do that nobody expects of them is one item's or one stage's matter, and the same in every lane."""
+
+import asyncio
+import sys
+import threading
+import types
+
+import pytest
+
+from stageflow import Engine, PipelineBuilder
+
+LANES = ("async", "thread", "process", "inline")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(processes=1, threads=2, grace=1) as made:
+        yield made
+
+
+def mapped(engine, function, items, lane, **policies):
+    """One map over `items`, everything kept that can be."""
+    graph = PipelineBuilder("p").stage("items", lambda: items).map("m", function, "items", executor=lane, **policies)
+    return engine.run(graph.build(), failure_mode="continue_on_failure")
+
+
+def found(number):
+    return next(one for one in (1, 2, 4, 5) if one == number)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_bare_next_that_finds_nothing_is_its_items_failure_and_loses_nobody(engine, lane):
+    result = mapped(engine, found, [1, 2, 3, 4, 5], lane)
+    assert list(result.outputs["m"].data) == [1, 2, 4, 5]
+    (failure,) = result.failures.failures
+    assert (failure.item, failure.stage) == ((2,), "m")
+    assert "StopIteration" in failure.error_type or "StopIteration" in failure.error
+
+
+def cancels(number):
+    if number == 1:
+        raise asyncio.CancelledError("not asked for")
+    return number
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_cancellation_that_nobody_asked_for_is_a_failure_and_no_hang(engine, lane):
+    graph = PipelineBuilder("p").stage("s", cancels, executor=lane).build()
+    result = engine.run(graph, {"number": 1})
+    assert result.outputs["s"].error_info.type.endswith("CancelledError")
+    assert result.outputs["s"].error == "not asked for"
+    assert engine.run(graph, {"number": 2}).data("s") == 2
+    assert not mapped(engine, cancels, [1], lane).success
+
+
+async def doubled(number):
+    await asyncio.sleep(0)
+    return number * 2
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_what_a_plain_function_returns_to_be_awaited_is_awaited(engine, lane):
+    assert list(mapped(engine, lambda number: doubled(number), [1, 2, 3], lane).outputs["m"].data) == [2, 4, 6]
+    graph = PipelineBuilder("p").stage("s", lambda number: doubled(number), executor=lane).build()
+    assert engine.run(graph, {"number": 4}).data("s") == 8
+
+
+def test_a_reduce_that_returns_coroutines_says_so(engine):
+    graph = (
+        PipelineBuilder("p").stage("items", lambda: [1]).reduce("r", lambda acc, one: doubled(one), "items", initial=0)
+    )
+    assert "make it an `async def`" in engine.run(graph.build()).outputs["r"].error
+
+
+@pytest.mark.parametrize("lane", ["async", "thread", "inline"])
+def test_a_generator_that_a_function_returns_is_its_value(engine, lane):
+    graph = PipelineBuilder("p").stage("s", lambda: (one for one in (1, 2, 3)), executor=lane)
+    graph = graph.map("m", lambda one: one + 1, "s", executor=lane)
+    assert list(engine.run(graph.build()).outputs["m"].data) == [2, 3, 4]
+
+
+def test_a_generator_that_a_function_returns_cannot_leave_its_worker(engine):
+    graph = PipelineBuilder("p").stage("s", lambda: (one for one in (1, 2)), executor="process").build()
+    assert "generator" in engine.run(graph).outputs["s"].error
+
+
+async def scoped(number):
+    async with asyncio.timeout(0.05), asyncio.TaskGroup() as group:
+        waiting = group.create_task(asyncio.sleep(0, number))
+        yield number
+        yield await waiting + 1
+        if number > 1:
+            await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_scopes_of_an_async_generator_stay_whole_across_its_yields(engine, lane):
+    result = mapped(engine, scoped, [1, 2], lane)
+    assert list(result.outputs["m"].data) == [1, 2]
+    (failure,) = result.failures.failures
+    assert (failure.item, failure.error_type) == ((1,), "TimeoutError")
+
+
+def holds_itself(number):
+    nested = [number]
+    nested.append(nested)
+    for _ in range(5000):
+        nested = [nested]
+    wide = [number]
+    for _ in range(60):
+        wide = [wide, wide]
+    return nested, wide
+
+
+class Odd:
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize("lane", ["async", "thread", "inline"])
+def test_values_without_an_end_are_weighed_in_a_moment(engine, lane):
+    assert len(mapped(engine, holds_itself, [1, 2], lane).outputs["m"].data) == 2
+    assert len(mapped(engine, lambda one: Odd(), [1, 2], lane).outputs["m"].data) == 2
+
+
+def test_what_cannot_be_sent_does_not_keep_the_next_from_being_sent(engine):
+    """Functions of a module that workers cannot import, as those of a notebook."""
+    module = types.ModuleType("only_here")
+    sys.modules["only_here"] = module
+    try:
+        exec(
+            "def bad(x):\n    return helper(x)\ndef helper(x):\n    return lock\ndef good(x):\n    return x + 1",
+            vars(module),
+        )
+        module.lock = threading.Lock()
+        bad, good = (
+            PipelineBuilder("p").stage("s", one, executor="process").build() for one in (module.bad, module.good)
+        )
+        assert "cannot be sent" in engine.run(bad, {"x": 1}).outputs["s"].error
+        assert engine.run(good, {"x": 1}).data("s") == 2
+        module.lock = None
+        assert engine.run(bad, {"x": 1}).outputs["s"].status == "ok"
+    finally:
+        del sys.modules["only_here"]
