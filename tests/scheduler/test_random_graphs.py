@@ -1,14 +1,21 @@
 """Random pipelines x random order of everything, on the machine alone: the books balance after each signal, every run
 ends, and where the outcome is determined it is the one that a trivial interpreter works out."""
 
+import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stageflow_scheduler_simulator import Simulation
+from stageflow_scheduler_simulator import Plan, Simulation
 
+from stageflow.core.errors import InvariantError
+from stageflow.pipeline.policies import Resources
+from stageflow.scheduler import signals as sig
 from stageflow.scheduler.audit import Story, replay
 from stageflow.scheduler.machine import Machine
 from stageflow.testing.strategies import graphs, random_sketch
@@ -22,6 +29,7 @@ def simulate(seed, **options):
     sketch = random_sketch(dice, most=options.pop("most", 9), faults=options.pop("faults", True))
     options.setdefault("memory", dice.choice([0, 0, 15, 60]))
     options.setdefault("deaths", dice.choice([0, 0, 0.1, 0.3]))
+    options.setdefault("crowds", dice.choice([0, 0.3]))
     lanes = {"process": dice.randint(1, 3), "thread": dice.randint(1, 3), "async": 4, "inline": 1}
     simulation = Simulation(dice, lanes=lanes, ahead={"process": dice.randint(1, 3)}, **options)
     run = simulation.submit(sketch)
@@ -119,9 +127,62 @@ def test_the_story_of_a_stage_is_kept_on_request():
     assert story.of("run-1", "nobody") == ()
 
 
+@pytest.mark.parametrize("circumstances", [{}, {"cancel": 0.005}, {"memory": 15}])
+def test_attempts_may_wait_for_runs_that_they_have_started(circumstances):
+    nested = stuck = 0
+    for seed in range(70_000, 70_100):
+        dice = random.Random(seed)
+        plan, *children = (holding(random_sketch(dice, most=most, lanes=("thread", "async"))) for most in (6, 3, 3))
+        simulation = Simulation(dice, children=children, crowds=0.2, **circumstances)
+        simulation.submit(plan)
+        simulation.run()
+        for run, end in simulation.finished.items():
+            simulation.check_reference(run)
+            nested += simulation.depth[run] > 1
+            stuck += end.error is not None and end.error.code == "SF-NO-PROGRESS"
+    assert nested > 5
+    assert stuck > 0, "some child needed the tokens that its parents held"
+
+
+def holding(sketch):
+    """The same pipeline, whose plain stages need a token each."""
+    token = {"resources": Resources(tokens={"gpu": 1})}
+    stages = (replace(one, policies={**one.policies, **token}) if one.role == "stage" else one for one in sketch.stages)
+    return Plan(replace(sketch, stages=tuple(stages)))
+
+
+def test_a_fault_that_was_seen_late_is_told_by_the_turn_in_which_it_began(monkeypatch):
+    handle_all = Machine.handle_all
+
+    def leaks(machine, signals, now):
+        actions = handle_all(machine, signals, now)
+        machine.lanes["async"].used += any(type(signal) is sig.SourceEnded for signal in signals)
+        return actions
+
+    monkeypatch.setattr(Machine, "handle_all", leaks)
+    simulation = Simulation(random.Random(5), audits=0.0)
+    simulation.submit(random_sketch(random.Random(5), faults=False))
+    with pytest.raises(InvariantError, match="a slot is used iff a task holds it") as caught:
+        simulation.run()
+    first = next(turn for turn, (_, told) in enumerate(simulation.log) if type(told[-1]) is sig.SourceEnded)
+    assert caught.value.__notes__[0].startswith(f"after turn {first} of {len(simulation.log)}")
+
+
+def searched(tmp_path, seconds):
+    command = [sys.executable, str(Path(__file__).with_name("search.py")), "--logs", str(tmp_path)]
+    done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_search_on_all_cores_finds_nothing(tmp_path):
+    found = searched(tmp_path, 1)
+    assert found["steps"] > 1000
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_very_many_pipelines():
-    for seed in range(100_000, 130_000):
-        simulation, run = simulate(seed)
-        simulation.check_reference(run)
+def test_millions_of_steps_a_minute_find_nothing(tmp_path):
+    found = searched(tmp_path, 900)
+    assert found["steps_a_minute"] > 1_000_000
