@@ -27,6 +27,36 @@ _Task: Final = asyncio.Task  # a task factory breaks uvloop; constructing the ta
 _EAGER: Final = sys.version_info >= (3, 12)
 
 
+class AsyncPort(LocalPort):
+    """The port of a call on the loop: it may tell of parts, and stand still behind them."""
+
+    owner: Any = None
+    asked: int = 0
+    answered: int = 0
+    answer: asyncio.Future[None] | None = None
+
+    async def tell(self, reply: Reply) -> None:
+        """Deliver a part; behind one that asks, wait for the engine's word. Others give the loop its turn."""
+        if not self.done:
+            self.owner._deliver(self, self.part(reply))
+        if not reply.asks:
+            await asyncio.sleep(0)
+            return
+        self.asked += 1
+        if self.answered < self.asked:
+            self.answer = asyncio.get_running_loop().create_future()
+            try:
+                await self.answer
+            finally:
+                self.answer = None
+
+    def go_on(self) -> None:
+        """The engine's word."""
+        self.answered += 1
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(None)
+
+
 class AsyncExecutor(LocalLane):
     """Runs each call as a task on the loop it is opened on. A function that returns no awaitable is called inline.
 
@@ -45,7 +75,7 @@ class AsyncExecutor(LocalLane):
         loop = self._loop
         if loop is None:
             raise LaneClosedError("the async lane is not open", hint="use `async with AsyncExecutor() as lane:`")
-        self._ports[call.id] = port = LocalPort("async", call, deliver, self.on_note)
+        self._ports[call.id] = port = AsyncPort("async", call, deliver, self.on_note, owner=self)
         coroutine = self._run(port)
         if _EAGER:
             self._starting = port
@@ -87,6 +117,15 @@ class AsyncExecutor(LocalLane):
                 port.deliver(outcome)
             else:
                 self._deliver(port, outcome)
+
+    def stand(self, call_id: int) -> None:
+        """A call stands still: on a loop that takes nothing from the others."""
+
+    def go_on(self, call_id: int) -> None:
+        """Let it go on."""
+        port = self._ports.get(call_id)
+        if isinstance(port, AsyncPort):
+            port.go_on()
 
     def _deliver(self, port: LocalPort, outcome: Outcome) -> None:
         """Hand an outcome on, but never from inside `start`."""

@@ -49,6 +49,9 @@ def parts_of(result: Generator[Reply, None, Reply | None]) -> Iterator[tuple[Rep
         if held is not None:
             yield held, False
         held = reply
+        if reply.asks:
+            yield held, False
+            held = None
 
 
 class LocalPort(msgspec.Struct, eq=False):

@@ -17,11 +17,37 @@ import threading
 import time
 import traceback
 from collections import deque
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Final, cast
 
 from stageflow.core.errors import LaneClosedError
 from stageflow.core.executor import Call, Deliver, Outcome
 from stageflow_executors.local import LocalLane, LocalPort, parts_of
+
+LOOK_EVERY: Final = 0.02  # seconds between two looks of a call that stands still
+
+
+class ThreadPort(LocalPort):
+    """The port of a call that may stand still behind what it has given."""
+
+    asked: int = 0  # written by the call's thread
+    answered: int = 0  # written by the loop's
+    standing: bool = False
+    _answer: threading.Event | None = None
+
+    def stand(self, stopped: Callable[[], bool]) -> None:
+        """Wait for the engine's word, or until `stopped()`, which is looked at every 20 ms."""
+        self.asked += 1
+        answer = self._answer = self._answer or threading.Event()
+        answer.clear()
+        while self.answered < self.asked and not stopped():
+            answer.wait(LOOK_EVERY)
+
+    def go_on(self) -> None:
+        """The engine's word. It may come before the call waits for it."""
+        self.answered += 1
+        if self._answer is not None:
+            self._answer.set()
 
 
 class _Thread:
@@ -62,7 +88,7 @@ class ThreadExecutor(LocalLane):
         """Run `call` in a thread; it waits while all are busy."""
         if self._loop is None:
             raise LaneClosedError("the thread lane is not open", hint="use `async with ThreadExecutor() as lane:`")
-        port = LocalPort("thread", call, deliver, self._note)
+        port = ThreadPort("thread", call, deliver, self._note)
         self._ports[call.id] = port
         work = (port, contextvars.copy_context())
         with self._lock:
@@ -171,6 +197,7 @@ class ThreadExecutor(LocalLane):
                 continue
             if outcome.final:
                 port.done = True
+                self._stands_no_more(port)
                 self._ports.pop(port.call.id, None)
             port.deliver(outcome)
 
@@ -210,6 +237,7 @@ class ThreadExecutor(LocalLane):
         self.abandoned.append((port.call.id, stack))
         self._ports.pop(port.call.id, None)
         port.done = True
+        self._stands_no_more(port)
         if follow is not None:
             self._restart(follow)
         port.deliver(port.cancelled_outcome({"abandoned": True, "stack": stack}))
@@ -233,6 +261,25 @@ class ThreadExecutor(LocalLane):
             follow = self._queue.popleft() if self._queue else None
         if follow is not None:
             self._restart(follow)
+
+    def stand(self, call_id: int) -> None:
+        """A call stands still behind what it has given: another thread may take its place."""
+        port = self._ports.get(call_id)
+        if isinstance(port, ThreadPort) and not port.standing:
+            port.standing = True
+            self.waits(call_id, True)
+
+    def go_on(self, call_id: int) -> None:
+        """Let it go on."""
+        port = self._ports.get(call_id)
+        if isinstance(port, ThreadPort):
+            self._stands_no_more(port)
+            port.go_on()
+
+    def _stands_no_more(self, port: LocalPort) -> None:
+        if isinstance(port, ThreadPort) and port.standing:
+            port.standing = False
+            self.waits(port.call.id, False)
 
     async def aclose(self, *, grace: float) -> None:
         """Ask every call to stop, wait up to `grace` seconds, abandon the rest; idle threads end."""

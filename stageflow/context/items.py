@@ -14,7 +14,7 @@ import inspect
 import time
 from collections.abc import Generator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
@@ -27,8 +27,8 @@ from stageflow.context.attempt import (
     finish_context_async,
     run_coroutine,
 )
-from stageflow.context.flowing import Flowing
-from stageflow.context.parts import REPORT_SECONDS, ItemPort, Part, merged, run_pieces
+from stageflow.context.flowing import FLOW_SECONDS, HELD_BYTES, HELD_ITEMS, Flowing
+from stageflow.context.parts import PART_BYTES, REPORT_SECONDS, ItemPort, Part, merged, run_pieces
 from stageflow.context.pieces import Done, Piece, batch_of, mask_of, mask_to_wire
 from stageflow.context.stage_context import StageContext
 from stageflow.core.errors import StageCancelledError
@@ -37,7 +37,7 @@ from stageflow.core.kinds import DROP
 from stageflow.core.worker import stops_item
 
 if TYPE_CHECKING:
-    from stageflow.core.worker import WorkerPort
+    from stageflow.core.worker import TellingPort, WorkerPort
 
 SLICE_SECONDS: Final = 0.08  # a block is given back after this much work: twice what the largest is meant to take
 BRIEF_SECONDS: Final = 0.04  # the same on a loop, which has others to serve, and of stages that may wait outside
@@ -143,6 +143,8 @@ class ItemProgram(Program):
             while going:
                 flowing.check(self.check)
                 yield flowing.part(index)
+                if flowing.asks:
+                    flowing.stand()
                 if flowing.port.cancelled():
                     raise StageCancelledError(flowing.port.cancel_reason() or "cancelled")
                 going = flowing.more()
@@ -156,7 +158,7 @@ class ItemProgram(Program):
             finish_context(flowing.ctx)
         if failure is not None:
             if flowing.values and not flowing.port.cancelled():
-                yield flowing.part(index)  # what came before the failure, however it was divided into parts
+                yield flowing.part(index, last=True)  # what came before the failure, however it was divided into parts
             stopped = isinstance(failure, asyncio.CancelledError) and flowing.port.cancelled()
             if stopped or isinstance(failure, StageCancelledError):
                 last.cancel(index, path, failure, header.attempt)
@@ -343,8 +345,14 @@ class ItemProgram(Program):
             try:
                 if simple is None:
                     result, ctx = await self._call_async(
-                        own or port, header, snapshot, commons, [c[place] for c in columns], path
+                        own or port, header, snapshot, commons, [c[place] for c in columns], path, piece.skip
                     )
+                    if type(result) is Flowing:
+                        part = await self._flow_async(port, header, part, result, indices, place, started)
+                        started = result.began
+                        if port.cancelled() or perf() > until:
+                            break
+                        continue
                 else:
                     result, ctx = simple(columns[0][place]), None
                     if inspect.isawaitable(result):
@@ -361,6 +369,53 @@ class ItemProgram(Program):
             if port.cancelled() or perf() > until:
                 break  # the rest is run again, without the item that was to stop
         return part.reply(indices, place + 1, perf() - started, 0.0)
+
+    async def _flow_async(
+        self,
+        port: WorkerPort,
+        header: Header,
+        part: Part,
+        flowing: Flowing,
+        indices: Sequence[int],
+        place: int,
+        started: float,
+    ) -> Part:
+        """`_flow` on the caller's loop: what is told goes by the port. Returns what the item's end is reported with."""
+        piece, index = part.piece, int(indices[place])
+        path = piece.path(place, index)
+        if place > part.first or index > piece.lo:
+            await cast("TellingPort", port).tell(part.reply(indices, place, flowing.began - started, 0.0))
+        last = Part(self, piece, place)
+        last.begun = index
+        own = flowing.port
+        failure: BaseException | None = None
+        try:
+            going = True
+            while going:
+                flowing.check(self.check)
+                await flowing.tell(index)
+                if own.cancelled():
+                    raise StageCancelledError(own.cancel_reason() or "cancelled")
+                going = await flowing.gather(HELD_ITEMS, PART_BYTES, FLOW_SECONDS)
+            last.take(flowing.values, index, path, flowing.ctx)
+        except asyncio.CancelledError as error:
+            if not (stops_item(port.cancel_reason()) and own.cancelled()):
+                raise  # all of the block is meant
+            failure = StageCancelledError(str(error) or "cancelled")
+        except (Exception, SystemExit) as error:
+            failure = error
+        finally:
+            await flowing.aclose()
+            if flowing.ctx is not None:
+                await finish_context_async(flowing.ctx)
+        if isinstance(failure, StageCancelledError):
+            last.cancel(index, path, failure, header.attempt)
+        elif failure is not None:
+            if flowing.values:
+                await flowing.tell(index, last=True)  # what came before the failure
+            last.fail(index, path, failure, header.attempt)
+        last.flows = ((index, flowing.told),)
+        return last
 
     async def _run_batch_async(
         self,
@@ -384,6 +439,7 @@ class ItemProgram(Program):
         commons: tuple[Any, ...],
         element: Sequence[Any],
         path: tuple[int, ...] | None,
+        skip: int = 0,
     ) -> tuple[Any, StageContext | None]:
         ctx = self.context(port, header, snapshot, commons, path) if self.plan.wants_ctx else None
         args, kwargs = self._arguments(commons, ctx, element)
@@ -391,7 +447,12 @@ class ItemProgram(Program):
             function = self.target() if self.inside is None else self.function(ctx, port)
             result = function(*args, **kwargs)
             if self.flat:
-                if hasattr(result, "__aiter__"):
+                if self.flows and getattr(port, "tell", None) is not None:
+                    flowing = Flowing(result, ctx, port, skip)
+                    if await flowing.gather(HELD_ITEMS, HELD_BYTES, 0.0):
+                        return flowing, ctx
+                    result = flowing.values
+                elif hasattr(result, "__aiter__"):
                     result = [value async for value in result]
                 else:
                     result = list(result)

@@ -38,7 +38,7 @@ class ItemPort:
     """The port of one item of a block: a stop that is meant for another item does not reach it. `index` is the item
     under way."""
 
-    __slots__ = ("buffer", "index", "lane", "note", "port", "progress", "worker_pid")
+    __slots__ = ("buffer", "index", "lane", "note", "port", "progress", "stand", "tell", "worker_pid")
 
     def __init__(self, port: WorkerPort) -> None:
         self.port = port
@@ -48,6 +48,8 @@ class ItemPort:
         self.progress = port.progress
         self.note = port.note
         self.buffer = port.buffer
+        self.stand = getattr(port, "stand", None)
+        self.tell = getattr(port, "tell", None)
 
     def cancelled(self) -> bool:
         """True once this item was asked to stop."""

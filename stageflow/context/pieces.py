@@ -117,7 +117,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     (-1 = every index).
     `counts` (flat-map) has the number of items each input item gave, in order. `inner` (region) has (ok, dropped,
     failed, seconds, CPU seconds) of each of its stages. `flows` (flat-map) has (index, values told of before) of items
-    whose values leave in several parts; a part without ranges is of such an item, which has not ended yet.
+    whose values leave in several parts; a part without ranges is of such an item, which has not ended yet. Its
+    generator stands still behind a part that `asks`, until it is let go on.
     """
 
     ranges: tuple[tuple[int, int, Any], ...]
@@ -128,6 +129,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     cpu_seconds: float = 0.0
     inner: tuple[tuple[int, int, int, float, float], ...] | None = None
     flows: tuple[tuple[int, int], ...] = ()
+    asks: bool = False
 
 
 def mask_of(indices: Any, lo: int, hi: int) -> int:

@@ -63,6 +63,7 @@ class Reply(msgspec.Struct):
     value: Any = None
     meta: Any = None
     has_value: bool = True  #: False sends no payload at all
+    asks: bool = False  #: of a part: the call waits behind it (`WorkerPort.stand`), so it must be on its way
 
 
 class Call(msgspec.Struct):
@@ -161,4 +162,16 @@ class Executor(Protocol):
 
     async def aclose(self, *, grace: float) -> None:
         """Stop everything within `grace` seconds, then by force, and give back every resource."""
+        ...
+
+
+class Paces(Protocol):
+    """What a lane has besides if its ports can `stand` (`stageflow.core.worker.PacedPort`)."""
+
+    def stand(self, call_id: int) -> None:
+        """The call stands still behind a part that asks: another may have its place until it goes on or ends."""
+        ...
+
+    def go_on(self, call_id: int) -> None:
+        """Let a call go on that stands, or is about to."""
         ...

@@ -4,7 +4,10 @@ never sees it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from stageflow.core.executor import Reply
 
 _ITEM: Final = "\x1f"  # begins the reason of a stop that is meant for one item of a block
 
@@ -75,4 +78,20 @@ class WorkerPort(Protocol):
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call `callback` (from any thread) when the call is asked to stop; best effort in lanes that only have a
         flag."""
+        ...
+
+
+class PacedPort(WorkerPort, Protocol):
+    """The port of a lane whose calls can stand still behind what they have given. Calls of other lanes never do."""
+
+    def stand(self, stopped: Callable[[], bool]) -> None:
+        """Wait behind a part that asks (`Reply.asks`) until the engine lets the call go on, or `stopped()` says so."""
+        ...
+
+
+class TellingPort(WorkerPort, Protocol):
+    """The port of a lane on whose loop calls are coroutines, which cannot yield their parts."""
+
+    async def tell(self, reply: Reply) -> None:
+        """Deliver a part; behind one that asks, wait until the engine lets the call go on."""
         ...

@@ -15,6 +15,7 @@ from stageflow.pipeline.placement import BIG_SHIPMENT, place, shipped_bytes
 from stageflow.pipeline.policies import SOURCE_AHEAD, Rate
 from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.signatures import annotations_of
+from stageflow.pipeline.spaces import flows_early
 from stageflow.pipeline.spec import Binding, Role, StageSpec
 from stageflow.pipeline.types import describe
 
@@ -281,6 +282,14 @@ def _bounds(graph: StageGraph, config: Any) -> list[str]:
             f"sources: at most {SOURCE_AHEAD:,} elements ahead of the slowest reader, and none while live values and "
             "what running work will add take half of that"
         )
+    flat = [spec for spec in graph.specs if spec.role is Role.MAP and spec.is_generator]
+    if flows := [spec.name for spec in flat if flows_early(spec)]:
+        lines.append(
+            f"flat-maps: the generators of {', '.join(flows)} stand still while their readers have enough; up to 8 MiB "
+            "or 1,000 values of an element are held for a retry"
+        )
+    if whole := [spec.name for spec in flat if not flows_early(spec)]:
+        lines.append(f"not bounded: all that one element or batch of {', '.join(whole)} gives is held until its end")
     unbounded = [
         f"{graph.specs[j].name} -> {graph.specs[i].name}"
         for i, whole in graph.barriers.items()

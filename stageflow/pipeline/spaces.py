@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from stageflow.pipeline.interceptors import asks_for_worker
 from stageflow.pipeline.spec import Role, StageSpec
 
 Joined = dict[int, tuple[int, ...]]
@@ -70,3 +71,10 @@ def _read_streams(
         elif j in bound or reads_all:
             whole.append(j)
     return tuple(beside), tuple(whole)
+
+
+def flows_early(spec: StageSpec) -> bool:
+    """Whether values of a flat-map's item may leave before its generator has ended: nobody waits for all at once."""
+    policies = spec.policies
+    around = policies.idempotency is not None or not all(asks_for_worker(one) for one in policies.interceptors)
+    return spec.is_generator and policies.batch is None and not around

@@ -22,6 +22,7 @@ from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
 from stageflow.pipeline.placement import place
 from stageflow.pipeline.regions import find_regions
+from stageflow.pipeline.spaces import flows_early
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.runtime.paths import nested_stages
 from stageflow.scheduler.layout import Layout
@@ -330,7 +331,7 @@ class GraphCode:
             program = ItemProgram(
                 batch=spec.policies.batch is not None,
                 flat=spec.is_generator,
-                flows=_flows(spec),
+                flows=flows_early(spec),
                 keeps_values=spec.role == Role.MAP,
                 brief=spec.kind is not StageKind.TRANSFORM,
                 **common,
@@ -344,13 +345,6 @@ class GraphCode:
             program = Program(**common)
         gathers = any(isinstance(source, int) and graph.streams[source] for source in sources)
         return StageCode(program, tuple(sources), _modules(spec), gathers)
-
-
-def _flows(spec: StageSpec) -> bool:
-    """Whether values of an item may leave before its generator has ended: nobody waits for all of them at once."""
-    policies = spec.policies
-    around = policies.idempotency is not None or not all(asks_for_worker(one) for one in policies.interceptors)
-    return spec.is_generator and policies.batch is None and not around
 
 
 def _direct_of(runner: Callable[..., Any]) -> Shipped:

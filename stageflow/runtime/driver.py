@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from stageflow.context.attempt import Header
 from stageflow.context.cancellation import CancellationToken
 from stageflow.context.tracing import TRACE, current_traceparent
 from stageflow.core.errors import InvariantError, StageflowError
-from stageflow.core.executor import Executor, Payload
+from stageflow.core.executor import Executor, Paces, Payload
 from stageflow.core.worker import item_stop
 from stageflow.events.fanout import FanOut
 from stageflow.runtime import switching
@@ -95,6 +95,8 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             act.StartBlock: self._start_block,
             act.StartFold: self._start_fold,
             act.StopAttempt: self._stop_attempt,
+            act.Stand: self._stand,
+            act.GoOn: self._go_on,
             act.SetTimer: self._set_timer,
             act.CancelTimer: self._cancel_timer,
             act.PullSource: self._pull_source,
@@ -173,7 +175,9 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         tasks, busy = self.machine.tasks, 0
         for running in self.running.values():
             task = tasks.get(running.action.task)
-            waits = (running.claim is not None and running.claim.waits) or (task is not None and task.spawning)
+            waits = running.claim is not None and running.claim.waits
+            if task is not None and (task.spawning or task.stood is not None):
+                waits = True
             busy += not waits
         self._settled(self.loop, busy)
 
@@ -399,6 +403,16 @@ class Driver(Starting, Outcomes, Feeding, Telling):
             found = self.jobs.get(child)
             if found is not None:
                 self.cancel(found, action.reason, force=action.force)
+
+    def _stand(self, action: act.Stand) -> None:
+        running = self.running.get(action.task)
+        if running is not None:
+            cast("Paces", running.executor).stand(action.task)
+
+    def _go_on(self, action: act.GoOn) -> None:
+        running = self.running.get(action.task)
+        if running is not None:
+            cast("Paces", running.executor).go_on(action.task)
 
     def _set_timer(self, action: act.SetTimer) -> None:
         timer, at, task = action.timer, action.at, action.task

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from stageflow.context.pieces import Done, ItemFailure, mask_from_wire
+from stageflow.context.sizes import sized
 from stageflow.core.errors import InvariantError, StageflowError, StageTimeoutError
 from stageflow.core.executor import Outcome, OutcomeKind
 from stageflow.core.failure import capture
@@ -22,7 +23,6 @@ from stageflow.runtime.paths import located, of_block, of_results
 from stageflow.runtime.result import Abandoned
 from stageflow.runtime.running import DriverCounters, Running
 from stageflow.runtime.sequence import Values
-from stageflow.runtime.sources import sized
 from stageflow.runtime.strategies import Verdict, judge
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig

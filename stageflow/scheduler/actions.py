@@ -69,6 +69,18 @@ class StopAttempt(Action):
     item: int = -1  #: only this item of its block is meant; the block ends behind the item it is at
 
 
+class Stand(Action):
+    """The call of a flat-map's item stands still behind the part it has given: its place may be another's meanwhile."""
+
+    task: int
+
+
+class GoOn(Action):
+    """Let a call that stands, or is about to, go on."""
+
+    task: int
+
+
 class SetTimer(Action):
     """Send TimerDue(timer) at monotonic second `at`. `task` is set for an attempt's own timeout."""
 

@@ -78,7 +78,7 @@ def _audit_lanes(machine: Machine) -> None:
     by_run: Counter[int] = Counter()
     for task in machine.tasks.values():
         by_run[task.run.id] += 1
-        if not task.spawning:
+        if not task.spawning and task.stood is None:
             held[task.lane] += task.slots
         _check(machine.runs.get(task.run.id) is task.run, "a task belongs to a live run", task.id)
         _check(task.run.tasks.get(task.id) is task, "a run knows its tasks", task.id)
@@ -93,6 +93,13 @@ def _audit_lanes(machine: Machine) -> None:
             room = lane.used + slots_of(first[4].layout.specs[first[5]].policies, lane.name, lane.slots) <= lane.slots
         _check(not (room and waiting), "nothing waits for a lane that has room", lane.name, len(waiting))
     for run in machine.runs.values():
+        standing = [task for stream in run.streams.values() for task in stream.standing]
+        known = [task.id for task in run.tasks.values() if task.stood is not None]
+        _check(sorted(task.id for task in standing) == known, "who stands still is known", len(standing), known)
+        _check(run.standing == len(standing), "standing counts them", run.standing, len(standing))
+        stuck = run.standing and run.standing == run.running and run.ending is None
+        waits = run.retry_timers or run.spilling or run.queued
+        _check(not stuck or bool(waits), "something of a run moves or is waited for", run.run_id)
         _check(run.running == by_run[run.id], "running counts the tasks of a run", run.running, by_run[run.id])
     queued: Counter[int] = Counter()
     streams: Counter[int] = Counter()

@@ -59,7 +59,7 @@ class BlockRules:
         if run.layout.limited[stage] and not self._admit(run, stage, lane, entry, now):
             return
         held = self._held_back(run, stream)
-        if held is not None and not run.running:  # it would be forced: a deeper one goes first
+        if held is not None and not _moving(run, stream):  # it would be forced: a deeper one goes first
             deeper = self._lane_of_deeper(run, stage, lane)
             if deeper is not None:
                 self._dispatch_lane(deeper, now)
@@ -67,7 +67,7 @@ class BlockRules:
                     self._offer(run, stream, now)
                     self._touch(run)
                     return
-        if held is not None and run.running:
+        if held is not None and _moving(run, stream):
             stream.blocked = True
             run.blocked.append(stream)
             stream.held_for(held, now)
@@ -212,6 +212,8 @@ class BlockRules:
         run, stream = task.run, task.stream
         assert stream is not None
         assert task.segments is not None
+        if task.stood is not None:  # it was asked to stop, and does
+            self._go_on(run, task, stream, now)
         if signal.done.flows and not signal.done.ranges:
             self._take_flow(run, task, stream, signal, now)
             return
@@ -455,3 +457,9 @@ class BlockRules:
             if lo < segment.hi:
                 rest.append(segment.cut(lo, segment.hi))
         return [segment for segment in rest if segment.count() or segment.hi > segment.lo]
+
+
+def _moving(run: Run, stream: Stream) -> bool:
+    """Whether a stage that is held back has somebody to wait for: what runs and does not stand still, or calls of its
+    own that stand, which go on before others begin."""
+    return run.running > run.standing or bool(stream.standing)

@@ -48,6 +48,10 @@ class Task(msgspec.Struct, eq=False, gc=False):
     spawning: int = 0  # child runs it waits for
     doomed: dict[int, tuple[int, str]] | None = None  # item -> (stage, reason) of its cancel
     slots: int = 1  # of its lane
+    item: int = -1  # of a flat-map: the one whose values go on
+    gave: int = 0  # bytes of them since it last asked
+    stood: float | None = None  # since when it stands
+    paused: float = 0.0  # seconds for which it stood before
 
 
 class Run:
@@ -88,6 +92,7 @@ class Run:
         "skip_hints",
         "sources",
         "spilling",
+        "standing",
         "started_at",
         "state",
         "streams",
@@ -112,6 +117,7 @@ class Run:
         self.waiting = array("i", layout.waits)
         self.open = layout.size
         self.running = 0
+        self.standing = 0  # of those, calls of flat-maps that stand still
         self.tasks: dict[int, Task] = {}
         self.streams: dict[int, Stream] = {}
         self.sources: list[Stream] = []

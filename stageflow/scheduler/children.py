@@ -39,13 +39,13 @@ class ChildRules:
         if signal.waiting:
             task.spawning += 1
             if task.spawning == 1:
-                lane.used -= task.slots
+                lane.used -= task.slots if task.stood is None else 0
                 if task.run.layout.limited[task.stage]:
                     self.holders[task.id] = task
         else:
             task.spawning -= 1
             if not task.spawning:
-                lane.used += task.slots
+                lane.used += task.slots if task.stood is None else 0
                 self.holders.pop(task.id, None)
         self._touch(task.run)
 

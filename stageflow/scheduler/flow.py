@@ -302,7 +302,7 @@ class FlowRules:
 
     def _held_back(self: Machine, run: Run, stream: Stream) -> str | None:
         """Why no more may start, None when it may: the readers have enough, bytes or memory are short."""
-        if self._is_fed(run, stream, 1):
+        if stream.standing or self._is_fed(run, stream, 1):
             return "downstream"
         if self.memory or self.pressure >= 2 or self.policies:
             return self._refused(run, stream, 1, "start")

@@ -34,6 +34,8 @@ class FlowingRules:
         if unwanted or not signal.handle or index in (task.doomed or ()):
             if signal.handle:
                 self._out.append(act.Release(run.id, (signal.handle,)))
+            if signal.done.asks:
+                self._out.append(act.GoOn(task.id))
             self._touch(run)
             return
         chunk = Chunk(signal.handle, 1, signal.nbytes, count)
@@ -46,6 +48,10 @@ class FlowingRules:
                 "worker_pid": signal.worker_pid, "queued_ms": 0.0, "started": signal.started}  # fmt: skip
         stream.told = stream.out_next
         self._emit("stage.items", run, stream.stage, attempt=task.attempt, data=data)
+        task.item = index
+        task.gave += signal.nbytes
+        if signal.done.asks:
+            self._asks(run, task, stream, now)
         self._settle_ended(now)
         self._touch(run)
 

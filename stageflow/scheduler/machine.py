@@ -36,6 +36,7 @@ from stageflow.scheduler.losses import LossRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
 from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
 from stageflow.scheduler.sourcing import SourceRules
+from stageflow.scheduler.standing import StandingRules
 from stageflow.scheduler.states import ALLOWED, StageState
 from stageflow.scheduler.stops import StopRules
 from stageflow.scheduler.streams import Stream
@@ -53,6 +54,7 @@ class Machine(
     SourceRules,
     BlockRules,
     FlowingRules,
+    StandingRules,
     LossRules,
     FoldRules,
     RegionRules,
@@ -354,6 +356,8 @@ class Machine(
             for run in touched.values():
                 if not run.running and not run.pulling and run.id in self.runs:
                     self._check_over(run, now)
+                elif run.standing and run.standing == run.running and run.ending is None:
+                    self._all_stand(run, now)
         while self._woke:
             self._woke = False
             for lane in lanes:
@@ -518,10 +522,12 @@ class Machine(
         run.running -= 1
         self.promised -= task.expected
         lane = self.lanes[task.lane]
-        if not task.spawning:
+        if not task.spawning and task.stood is None:
             lane.used -= task.slots
         elif self.holders:
             self.holders.pop(task.id, None)
+        if task.stood is not None and task.stream is not None:
+            self._stands_no_more(run, task, task.stream, now)
         if task.timer:
             self._drop_timer(task.timer)
             task.timer = 0
@@ -551,10 +557,13 @@ class Machine(
         """Once per signal and touched run: let blocked streams try again, pull sources."""
         if run.id not in self.runs or run.ending is not None or not run.streams:
             return
+        if run.standing:
+            self._let_go_on(run, now)
         if run.blocked:
             blocked, run.blocked = run.blocked, []
             for stream in blocked:
-                if run.running and stream.pending == "downstream" and self._is_fed(run, stream, 2):
+                fed = stream.pending == "downstream" and (stream.standing or self._is_fed(run, stream, 2))
+                if run.running > run.standing and fed:
                     run.blocked.append(stream)
                 else:
                     stream.blocked = False

@@ -422,6 +422,7 @@ class Stream:
         "spill",
         "spill_at",
         "stage",
+        "standing",
         "started_at",
         "stopped",
         "tick",
@@ -487,6 +488,7 @@ class Stream:
         self.flow_frontier: Frontier | None = None
         self.flowed: dict[int, int] = {}  # of a flat-map: inputs not ended whose values go on: how many came so far
         self.early: dict[int, list[tuple[Chunk, int]]] = {}  # those of them whose turn it is not yet: values, count
+        self.standing: list[Any] = []  # of a flat-map: calls that stand still until its readers want more
         self.join: Join | None = None
         self.fold: Fold | None = None
         self.jobs: deque[list[Segment]] = deque()

@@ -18,6 +18,7 @@ from stageflow.scheduler.books import Run, Task
 if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
 
+STOOD: Final = 0.05  # seconds between two looks at the time of an attempt that stands still
 CLOSE: Final = 1e-6  # seconds: clocks are floats, and a timer that is this early has come
 
 
@@ -67,6 +68,8 @@ class TimerRules:
             if task.id not in self.tasks or task.stopping is not None:
                 return
             elapsed = signal.elapsed
+            if elapsed is not None:  # the time for which it stood still was not its own
+                elapsed -= task.paused + (when - task.stood if task.stood is not None else 0.0)
             total = task.run.layout.specs[task.stage].policies.total_timeout
             if task.deadline is not None and when >= task.deadline - CLOSE:
                 task.limit, task.total = total or 0.0, True
@@ -74,6 +77,8 @@ class TimerRules:
                 task.limit = limit
             else:
                 left = limit - (elapsed or 0.0) if limit is not None else 0.0
+                if task.stood is not None:
+                    left = max(left, STOOD)
                 self._arm_timeout(task, limit, when, when + left)
                 return
             task.stopping = "timeout"

@@ -38,7 +38,8 @@ from stageflow.testing.sketches import (
 )
 
 ACTIONS = (
-    act.StartAttempt, act.StartBlock, act.StartFold, act.StopAttempt, act.SetTimer, act.CancelTimer, act.PullSource,
+    act.StartAttempt, act.StartBlock, act.StartFold, act.StopAttempt, act.Stand, act.GoOn,
+    act.SetTimer, act.CancelTimer, act.PullSource,
     act.StopSource, act.Spill, act.Decide, act.Release, act.Emit, act.Completed, act.KeepItems, act.KeepAccumulator,
     act.FinishRun,
 )  # fmt: skip
@@ -92,7 +93,8 @@ class Under:
     """An attempt under way."""
 
     __slots__ = (
-        "accumulators", "action", "at", "children", "doomed", "hung", "pieces", "since", "spawned", "stopped", "told",
+        "accumulators", "action", "asks", "at", "children", "doomed", "hung", "pieces", "since", "spawned", "stopped",
+        "told",
     )  # fmt: skip
 
     def __init__(self, action, now):
@@ -100,6 +102,7 @@ class Under:
         self.since = now
         self.stopped = False
         self.hung = False
+        self.asks = False  # it stands still until it is told to go on
         self.children = []  # runs it waits for
         self.spawned = False
         self.doomed = set()  # items of its block that were asked to stop
@@ -107,6 +110,9 @@ class Under:
         self.told = {}  # of a flat-map: items of which some values have been reported, and how many
         self.pieces = []
         self.accumulators = []
+
+    def may_end(self):
+        return not self.children and (self.stopped or not (self.hung or (self.asks and not self.doomed)))
 
 
 class Simulation:
@@ -171,6 +177,7 @@ class Simulation:
         self.sketches = {}
         self.of = {}  # run -> its plan
         self.live = []  # runs that have not finished
+        self.stood = 0  # times that a flat-map's call stood still
         self.flowed = 0  # values of flat-maps that were reported before their item had ended
         self.calls = Counter()  # (run, stage, value) -> calls of its runner
         self._handle = 0
@@ -266,11 +273,7 @@ class Simulation:
 
     def happens(self):
         """One thing, as the dice say; False when nothing can."""
-        ends = [
-            task
-            for task, under in self.under.items()
-            if not under.children and (not under.hung or under.stopped)
-        ]  # fmt: skip
+        ends = [task for task, under in self.under.items() if under.may_end()]
         pulls, deciding, spills = len(self.pulls), len(self.deciding), len(self.spills)
         choices = len(ends) + pulls + deciding + spills
         if self.timers and (not choices or self.roll() < 0.1):
@@ -357,6 +360,14 @@ class Simulation:
             under = self.under[action.task]
             under.stopped = True
             self.told_to_stop.extend(under.children)
+
+    def do_Stand(self, action):
+        assert self.under[action.task].asks, "only who asks is made to stand"
+        self.stood += 1
+
+    def do_GoOn(self, action):
+        if action.task in self.under:
+            self.under[action.task].asks = False
 
     def do_SetTimer(self, action):
         assert action.timer not in self.timers
@@ -683,7 +694,8 @@ class Simulation:
         if place == 0 and lo < index and index not in under.told:
             under.told[index] = told
             self.send(sig.BlockPart(action.task, Done(((lo, index, 0),), counts=())))
-        part = sig.BlockPart(action.task, Done((), counts=(1,), flows=((index, told),)))
+        under.asks = self.below(3) == 0
+        part = sig.BlockPart(action.task, Done((), counts=(1,), flows=((index, told),), asks=under.asks))
         part.handle, part.nbytes = self.hold(action.run, found[told : told + 1]), SIZE
         under.told[index] = told + 1
         self.flowed += 1

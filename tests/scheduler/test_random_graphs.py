@@ -62,7 +62,7 @@ def test_a_cancel_at_any_moment_ends_every_run_and_leaves_nothing(block):
 
 @pytest.mark.parametrize("circumstances", [{"deaths": 0.3}, {"memory": 15}, {"cancel": 0.03}, {"stops": 0.05}])
 def test_values_that_go_on_before_their_item_has_ended_come_once_and_in_order(circumstances):
-    flowed, seed = 0, 60_000
+    flowed, stood, seed = 0, 0, 60_000
     while flowed < 150:
         seed += 1
         dice = random.Random(seed)
@@ -80,6 +80,8 @@ def test_values_that_go_on_before_their_item_has_ended_come_once_and_in_order(ci
         if "cancel" not in circumstances and "stops" not in circumstances:
             simulation.check_reference(run)
         flowed += simulation.flowed
+        stood += simulation.stood
+    assert stood > (40 if "memory" in circumstances else 0)
 
 
 @pytest.mark.parametrize("block", range(4))

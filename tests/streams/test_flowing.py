@@ -30,7 +30,7 @@ def expected(n: int, most: int = MANY) -> list:
     return [(x, k) for x in range(n) for k in range(most if x == 1 else 3) if k % 1000 != 999]
 
 
-@pytest.mark.parametrize("kind", ["transform", "work"])
+@pytest.mark.parametrize("kind", ["transform", "work", "async"])
 def test_values_arrive_in_order_while_their_generator_runs(engine, kind, tmp_path):
     gate = tmp_path / "seen"
 
@@ -41,7 +41,17 @@ def test_values_arrive_in_order_while_their_generator_runs(engine, kind, tmp_pat
                     threading.Event().wait(0.001)
             yield value
 
+    async def waiting_async(x: int):
+        for value in spread(x):
+            if value == (1, 150_000):
+                while not gate.exists():
+                    await asyncio.sleep(0.001)
+            yield value
+
     seen = []
+    runner = waiting
+    if kind == "async":
+        runner, kind = waiting_async, "work"
 
     def keep(value) -> None:
         seen.append(tuple(value))
@@ -49,7 +59,7 @@ def test_values_arrive_in_order_while_their_generator_runs(engine, kind, tmp_pat
             gate.touch()
 
     graph = (
-        PipelineBuilder("flow").stage("source", numbers).map("many", waiting, "source", kind=kind)
+        PipelineBuilder("flow").stage("source", numbers).map("many", runner, "source", kind=kind)
         .sink("keep", keep, "many", kind="work", ordered=True).build()
     )  # fmt: skip
     result = engine.run(graph, {"n": 4})
@@ -73,9 +83,9 @@ def test_paths_of_values_that_flow_say_their_place(engine):
     assert [tuple(one) for one in found] == [(x, k, k) for x in range(3) for k in range(2500 if x == 1 else 2)]
 
 
-def graph_of(runner, **policies):
+def graph_of(runner, kind="transform", **policies):
     return (
-        PipelineBuilder("again").stage("source", numbers).map("many", runner, "source", kind="transform", **policies)
+        PipelineBuilder("again").stage("source", numbers).map("many", runner, "source", kind=kind, **policies)
         .map("same", lambda value: value, "many", kind="work").build()
     )  # fmt: skip
 
@@ -114,6 +124,22 @@ def test_a_failure_after_values_went_on_is_final(engine, tmp_path):
     wanted = [(x, k) for x in range(6) for k in range(3210 if x == 1 else 3)]
     assert [tuple(one) for one in result.data("same")] == wanted
     assert (result.stats["many"].failed, result.stats["many"].retried) == (1, 0)
+
+
+@pytest.mark.parametrize("replayable", [True, False])
+def test_an_async_generator_that_fails_after_values_went_on(engine, tmp_path, replayable):
+    many = failing_once(tmp_path / "async")
+
+    async def many_async(x: int):
+        for value in many(x):
+            yield value
+
+    graph = graph_of(many_async, kind="work", retry=AT_ONCE, replayable=replayable)
+    result = engine.run(graph, {"n": 6}, failure_mode="best_effort")
+    most = 5000 if replayable else 3210
+    wanted = [(x, k) for x in range(6) for k in range(most if x == 1 else 3)]
+    assert [tuple(one) for one in result.data("same")] == wanted
+    assert result.success == replayable, result.error
 
 
 def test_a_failure_before_is_tried_again(engine, tmp_path):

@@ -34,7 +34,7 @@ _NO_FDS: Final[list[int]] = []  # of the frames that carry none: nobody adds to 
 _PREFIX: Final = struct.Struct("=IH")  # length, number of descriptors
 
 # parent -> worker
-TASK, SHIP, MAIN, SEGMENTS, FREE, FORGET, BYE, BIG = range(8)
+TASK, SHIP, MAIN, SEGMENTS, FREE, FORGET, BYE, BIG, GO_ON = range(9)
 # worker -> parent
 READY, DONE, PART, FAILED, NOTE, RELEASED, RETURNED = range(16, 23)
 

@@ -48,7 +48,7 @@ class Lending(Sending):
             lent = self._idle.pop()
             if lent.handle.number in self._lent and not lent.tasks and not lent.handle.retiring and lent.death is None:
                 return lent
-        if len(self._lent) < self._slots and not self._asked:
+        if len(self._lent) < self._slots + self._standing and not self._asked:
             try:
                 handle = self.supply.borrow(self)
             except (WorkerStartError, OSError) as error:
@@ -148,7 +148,8 @@ class Lending(Sending):
             return
         if lent.handle.number in self._lent and lent not in self._idle:
             self._idle.append(lent)
-        if self.supply.waiting and self.supply.should_give_back(self):
+        surplus = len(self._lent) > self._slots + self._standing
+        if surplus or (self.supply.waiting and self.supply.should_give_back(self)):
             self._release_worker(lent)
             return
         lent.handle.idle_since = time.monotonic()

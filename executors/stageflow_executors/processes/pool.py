@@ -17,6 +17,7 @@ from typing import Any, Final
 from stageflow.core.errors import LaneClosedError, StageflowError
 from stageflow.core.executor import Call, Deliver, Outcome, OutcomeKind, Shipped
 from stageflow.core.failure import capture, revive
+from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.hearing import CAUSE_WITHIN, Hearing
 from stageflow_executors.processes.payload import encode
@@ -123,6 +124,30 @@ class ProcessExecutor(Hearing):
         if force:
             task.forced = True
             self._force(task)
+
+    def stand(self, call_id: int) -> None:
+        """The call stands still in its worker: there may be another worker meanwhile."""
+        task = self._tasks.get(call_id)
+        if task is None or task.worker is None or task.standing:
+            return
+        task.standing, task.short = True, False  # nothing is sent ahead to its worker
+        self._standing += 1
+        self.supply.stands(1)
+        if self._asked:
+            self._asked = False
+            self.supply.withdraw(self)
+        self._dispatch()
+
+    def go_on(self, call_id: int) -> None:
+        """Let it go on; what is free in its arena is told along."""
+        task = self._tasks.get(call_id)
+        if task is None or task.worker is None:
+            return
+        if task.standing:
+            self._stands_no_more(task)
+        messages, fds = self._controls(task.worker)
+        messages.append(ch.encode_message([ch.GO_ON, call_id]))
+        self._send(task.worker, messages, fds)
 
     def running_since(self, call_id: int) -> float | None:
         """Monotonic second at which the call's function was entered; None while it is queued or being decoded."""

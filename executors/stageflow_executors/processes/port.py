@@ -87,6 +87,11 @@ class ProcessPort:
         else:
             self._callbacks.append(callback)
 
+    def stand(self, stopped: Callable[[], bool]) -> None:
+        """Wait for the parent's word, or until `stopped()`, which is looked at every 20 ms."""
+        if not self.closed:
+            self._worker.stand(self.call_id, stopped)
+
     def _watch(self) -> None:
         told = None
         while not self.closed:

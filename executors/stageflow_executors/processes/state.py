@@ -37,6 +37,7 @@ class Task(msgspec.Struct, eq=False):
     frame: int = 0
     cancelled: str | None = None
     forced: bool = False
+    standing: bool = False  # still, behind what it has given
 
 
 class Lent:
@@ -83,6 +84,7 @@ class LaneState:
         self._watching = -1  # a descriptor of our own for the fork server's socket
         self._watched: socket.socket | None = None
         self._asked = False
+        self._standing = 0  # calls that stand still: each has a worker on top
         self._closed = False
         self._ids = 0
         self._ewma_ns: dict[int, float] = {}  # per shipped function
@@ -137,6 +139,8 @@ class LaneState:
     def _finish(self, task: Task, outcome: Outcome) -> None:
         if self._tasks.pop(task.call.id, None) is None:
             return
+        if task.standing:
+            self._stands_no_more(task)
         if task.payloads:
             for payload in task.payloads:
                 payload.release()
@@ -146,6 +150,11 @@ class LaneState:
                     waiter.set_result(None)
             self._waiters.clear()
         task.deliver(outcome)
+
+    def _stands_no_more(self, task: Task) -> None:
+        task.standing = False
+        self._standing -= 1
+        self.supply.stands(-1)
 
     def _controls(self, lent: Lent) -> tuple[list[bytes], list[int]]:
         freed = self.supply.books.take_freed(lent.handle.number)

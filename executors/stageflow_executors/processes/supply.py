@@ -95,6 +95,7 @@ class WorkerSupply(ServerLink):
         self.workers: dict[int, WorkerHandle] = {}
         self.idle: list[WorkerHandle] = []
         self.waiting: deque[Borrower] = deque()
+        self.standing = 0  # calls that stand still: for each there may be a worker more
         self.lanes: list[Borrower] = []
         self.closed = False
         self.broken: str | None = None
@@ -284,7 +285,7 @@ class WorkerSupply(ServerLink):
                     continue
                 worker.lane = lane
                 return worker
-            if len(self.workers) < self.max_workers:
+            if len(self.workers) < self.max_workers + self.standing:
                 if not self.may_start():
                     raise _cannot_start(self.broken or "")
                 try:
@@ -300,6 +301,11 @@ class WorkerSupply(ServerLink):
         with self.lock:
             if lane in self.waiting:
                 self.waiting.remove(lane)
+
+    def stands(self, more: int) -> None:
+        """So many calls more (or less) stand still in their workers, which others may stand in for."""
+        with self.lock:
+            self.standing += more
 
     def should_give_back(self, lane: Borrower) -> bool:
         """Do other lanes wait that have fewer workers than `lane`, or none? Cheap when nobody waits."""
@@ -317,7 +323,9 @@ class WorkerSupply(ServerLink):
             if worker.removed:
                 return
             worker.idle_since = time.monotonic()
-            if self.waiting:
+            if len(self.workers) > self.max_workers + self.standing:
+                self.dismiss(worker)  # it stood in for a call that went on
+            elif self.waiting:
                 granted = self.waiting.popleft()
                 worker.lane = granted
             else:

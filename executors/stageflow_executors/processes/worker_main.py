@@ -11,6 +11,7 @@ import faulthandler
 import mmap
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
@@ -39,6 +40,7 @@ from stageflow_executors.shm.lease import Mapping, ValueReader, address_of, expo
 _FLUSH_AFTER_NS: Final = 1_000_000
 _QUICK_NS: Final = 50_000  #: a function that took less is not worth the system calls that the clock of CPU time costs
 _LOOK_EVERY: Final = 63  #: after how many (a mask) of those the clock is read all the same, so that it is never far off
+_LOOK_EVERY_MS: Final = 20  #: between two looks of a call that stands still, at whether it is to stop
 _MADV_WIPEONFORK: Final = 18
 _WORDS: Final = frozenset((type(None), bool, float))
 _I64: Final = 1 << 63
@@ -154,6 +156,16 @@ class Worker:
         self._flusher: threading.Thread | None = None
         self._flush_wanted = threading.Event()
         self.call_id = 0  # of the call that runs
+        self._messages: deque[list[Any]] = deque()  # read and not yet handled
+        self._fds: list[int] = []  # that came with them
+        self._handlers: dict[int, Callable[[list[Any]], None]] = {
+            ch.SHIP: self._ship,
+            ch.MAIN: self._main,
+            ch.SEGMENTS: self._segments,
+            ch.FREE: lambda message: self.memory.freed_by_parent(message[1]),
+            ch.FORGET: self._forget,
+            ch.GO_ON: lambda message: None,  # for a call that has ended meanwhile
+        }
         self._words = page.words
         self._plain: dict[int, Callable[..., Any]] = {}  # of `functions`, those that ask nothing of the port
         self._cancels = 0  # requests seen, and whom the latest ones name
@@ -244,12 +256,7 @@ class Worker:
             seconds = max(self.idle_timeout, 0.001)
             timeout = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
             self.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-        handlers = {
-            ch.SHIP: self._ship,
-            ch.MAIN: self._main,
-            ch.FREE: lambda m: self.memory.freed_by_parent(m[1]),
-            ch.FORGET: self._forget,
-        }
+        messages, handlers = self._messages, self._handlers
         while True:
             if self.released:
                 self.flush()
@@ -260,20 +267,18 @@ class Worker:
             if received is None:  # idle for so long that the socket's own timeout struck
                 self.post([ch.BYE])
                 return
-            frame, fds = received
+            frame, self._fds = received
             found = ch.decode_frame(frame)
             if len(found) == 1 and found[0][0] == ch.TASK:
                 self._run_call(found.pop(), last=True)
-                continue
-            messages = deque(found)
+                if not messages:
+                    continue
+            messages.extend(found)
             while messages:
                 message = messages.popleft()
                 operation = message[0]
                 if operation == ch.TASK:
                     self._run_call(message, last=not messages)
-                elif operation == ch.SEGMENTS:
-                    for sid, size in message[1]:
-                        self.mappings[sid] = Mapping(sid, size, fds.pop(0))
                 elif operation == ch.BIG:
                     inner = self._big(message[1])
                     if inner is not None:
@@ -285,6 +290,50 @@ class Worker:
                     handlers[operation](message)
             if self.out:
                 self.flush()
+
+    def stand(self, call_id: int, stopped: Callable[[], bool]) -> None:
+        """Wait until the parent lets the running call go on, or `stopped()`. What was sent to be run after it is given
+        back at once: this call may wait for just that. What is told meanwhile, as of memory that is free, is heeded."""
+        if not self.own[0]:
+            return  # a process the stage forked: nobody talks to it
+        self.flush()
+        self._heed(self._messages, call_id)
+        ready = select.poll()
+        ready.register(self.channel.fileno(), select.POLLIN)
+        while not stopped():
+            try:
+                received = self.channel.receive()
+            except ch.Closed:
+                os._exit(70)
+            if received is None:
+                ready.poll(_LOOK_EVERY_MS)
+                continue
+            frame, self._fds = received
+            if self._heed(deque(ch.decode_frame(frame)), call_id):
+                return
+
+    def _heed(self, found: deque[list[Any]], call_id: int) -> bool:
+        """Handle messages that were read while a call runs; calls among them, and what lies in shared memory unopened,
+        go back as if they had not been. True if the running call may go on."""
+        told = False
+        later: list[list[Any]] = []
+        while found:
+            message = found.popleft()
+            if message[0] == ch.TASK:
+                self.post([ch.RETURNED, message[1], 0, [], None])
+            elif message[0] == ch.BIG:
+                self.post([ch.RETURNED, 0, 0, [], message[1]])
+            elif message[0] == ch.BYE:
+                later.append(message)
+            else:
+                told = told or (message[0] == ch.GO_ON and message[1] == call_id)
+                self._handlers[message[0]](message)
+        self._messages.extend(later)
+        return told
+
+    def _segments(self, message: list[Any]) -> None:
+        for sid, size in message[1]:
+            self.mappings[sid] = Mapping(sid, size, self._fds.pop(0))
 
     def _lacks(self, call_id: int, key: int, encoded: list[Any]) -> bool:
         """Give a call back unread whose function or memory has not arrived.

@@ -1,0 +1,217 @@
+"""A flat-map's generator stands still while its readers have enough: its memory is bounded, and nothing hangs on it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import mmap
+import os
+import signal
+import struct
+import threading
+
+import pytest
+
+from stageflow import Engine, PipelineBuilder, RetryConfig
+from stageflow.runtime.running import live_drivers
+
+MB = 1_000_000
+
+
+class Counters:
+    """Numbers in a file, of which each has one writer, in whatever process."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+        with open(path, "wb") as file:
+            file.write(bytes(64))
+        self._open()
+
+    def _open(self) -> None:
+        with open(self.path, "r+b") as file:
+            self.memory = mmap.mmap(file.fileno(), 64)
+
+    def __reduce__(self):
+        return _reopened, (self.path,)
+
+    def __getitem__(self, place: int) -> int:
+        return struct.unpack_from("@q", self.memory, 8 * place)[0]
+
+    def __setitem__(self, place: int, value: int) -> None:
+        struct.pack_into("@q", self.memory, 8 * place, value)
+
+
+def _reopened(path: str) -> Counters:
+    found = Counters.__new__(Counters)
+    found.path = path
+    found._open()
+    return found
+
+
+MADE, READ, AHEAD, PID = range(4)
+
+
+def numbers(n: int):
+    yield from range(n)
+
+
+def maker(counters: Counters, many: int, size: int = MB):
+    def make(x: int):
+        counters[PID] = os.getpid()
+        for k in range(many):
+            counters[MADE] += 1
+            counters[AHEAD] = max(counters[AHEAD], counters[MADE] - counters[READ])
+            yield k, bytes(size)
+
+    return make
+
+
+def on_loop(make):
+    async def made(x: int):
+        for value in make(x):
+            yield value
+            await asyncio.sleep(0)
+
+    return made
+
+
+async def until(seen) -> None:
+    """Wait for something that is bound to come; the test's own limit bounds it."""
+    while not seen():
+        await asyncio.sleep(0.002)
+
+
+def someone_stands() -> bool:
+    return any(run.standing for driver in live_drivers for run in driver.machine.runs.values())
+
+
+def graph_of(make, keep, *, kind: str, through: str | None = None, **policies):
+    builder = PipelineBuilder("standing").stage("source", numbers).map("make", make, "source", kind=kind, **policies)
+    over = "make"
+    if through is not None:
+        builder, over = builder.map("same", lambda pair: (pair[0], len(pair[1])), "make", kind=through), "same"
+    return builder.sink("keep", keep, over, kind="work", ordered=True).build()
+
+
+@pytest.mark.parametrize(("kind", "through"), [("transform", "transform"), ("work", "work"), ("async", "work")])
+def test_a_generator_is_never_further_ahead_than_the_memory_limit_allows(tmp_path, kind, through):
+    counters = Counters(tmp_path / "counters")
+    seen = []
+    make = maker(counters, 90)
+    if kind == "async":
+        kind, make = "work", on_loop(make)
+
+    def keep(pair) -> None:
+        seen.append(pair[0])
+        counters[READ] += 1
+
+    with Engine(processes=1, threads=4, memory_limit="40MiB") as own:  # the one slot of processes is a reader's too
+        result = own.run(graph_of(make, keep, kind=kind, through=through), {"n": 1}, timeout=60)
+        assert result.success, result.error
+        assert seen == list(range(90))
+        assert counters[AHEAD] <= 40  # it would be 90 ahead, if its readers are slower than it is
+        left = own._supply.workers.values() if own._supply is not None else ()
+        assert sum(not worker.retiring for worker in left) <= 1, "who stood in has been told to leave"
+
+
+def test_several_that_stand_still_take_their_turns(tmp_path):
+    seen = []
+
+    def make(x: int):
+        for k in range(30):
+            yield x, k, bytes(MB)
+
+    graph = (
+        PipelineBuilder("turns").stage("source", numbers).map("make", make, "source", kind="transform")
+        .map("cut", lambda item: item[:2], "make", kind="transform")
+        .sink("keep", seen.append, "cut", kind="work", ordered=True).build()
+    )  # fmt: skip
+    with Engine(processes=2, threads=4, memory_limit="32MiB") as own:
+        result = own.run(graph, {"n": 4}, timeout=60)
+    assert result.success, result.error
+    assert [tuple(one) for one in seen] == [(x, k) for x in range(4) for k in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["transform", "work", "async"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_stands_still_can_be_stopped(tmp_path, kind, whole):
+    gate = threading.Event()
+    closed = []
+
+    def endless(x: int):
+        yield from (bytes(MB) for _ in (itertools.count() if x == 1 else ()))
+
+    async def endless_async(x: int):
+        try:
+            for value in endless(x):
+                yield value
+        finally:
+            closed.append(x)
+
+    async def main():
+        chosen = {"make": endless, "kind": kind} if kind != "async" else {"make": endless_async, "kind": "work"}
+        graph = graph_of(keep=lambda item: gate.wait(20), **chosen)
+        async with Engine(processes=2, threads=4, memory_limit="32MiB", grace=20.0) as own:
+            handle = await own.start(graph, {"n": 3})
+            await until(someone_stands)
+            handle.cancel("enough", **({} if whole else {"stage": "make", "item": 1}))
+            if not whole:
+                await until(lambda: not someone_stands())
+            gate.set()
+            return await asyncio.wait_for(handle, 20)
+
+    result = asyncio.run(main())
+    assert kind != "async" or 1 in closed
+    if whole:
+        assert result.cancelled
+    else:
+        assert "item [1] of stage 'make' was cancelled" in result.error
+        assert (result.stats["make"].items_out, result.stats["make"].cancelled) == (2, 1)
+        assert result.stats["keep"].items_out == result.stats["make"].emitted
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_worker_that_dies_while_its_call_stands_still(tmp_path, again):
+    counters = Counters(tmp_path / "counters")
+    gate = threading.Event()
+    seen = []
+
+    def keep(pair) -> None:
+        gate.wait(20)
+        seen.append(pair[0])
+
+    async def main():
+        graph = graph_of(maker(counters, 100), keep, kind="transform", replayable=again, retry=RetryConfig())
+        async with Engine(processes=1, threads=4, memory_limit="32MiB") as own:
+            handle = await own.start(graph, {"n": 1}, failure_mode="best_effort")
+            await until(someone_stands)
+            os.kill(counters[PID], signal.SIGKILL)
+            await until(lambda: not someone_stands())
+            gate.set()
+            return await asyncio.wait_for(handle, 30)
+
+    result = asyncio.run(main())
+    if again:
+        assert result.success, result.error
+        assert seen == list(range(100))
+    else:
+        assert result.stats["make"].failed == 1
+        assert seen == list(range(len(seen)))
+        assert 0 < len(seen) < 100
+
+
+def test_the_time_for_which_it_stood_is_not_its_own(tmp_path):
+    def keep(pair) -> None:
+        threading.Event().wait(0.01)
+
+    def make(x: int):
+        for k in range(60):
+            yield k, bytes(MB)
+
+    with Engine(processes=1, threads=4, memory_limit="32MiB") as own:
+        result = own.run(graph_of(make, keep, kind="work", timeout=0.25), {"n": 1}, timeout=60)
+        assert result.success, result.error
+        stats = result.stats["make"]
+        assert stats.wall_seconds > 0.3
+        assert stats.busy_seconds < 0.25
+        assert sum(stats.wait.get(why, 0.0) for why in ("downstream", "bytes")) > 0.1
