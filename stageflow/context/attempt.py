@@ -90,12 +90,29 @@ class _KeptLoop:
         with contextlib.suppress(Exception):
             import asyncio
 
+            loop = self.runner.get_loop()
             try:
                 asyncio.get_running_loop()
             except RuntimeError:
-                self.runner.close()
-            else:
-                self.runner.get_loop().close()
+                _run_out(loop)
+            loop.close()
+
+
+def _run_out(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what is left on a loop and let it end.
+
+    `Runner.close` would also wait, in a thread of its own, for the threads of `asyncio.to_thread`. But a thread that
+    drops its loop is at its end: `threading` does not know it any more and takes it for one that was started elsewhere,
+    lists it for ever, and on Python 3.13 complains when the interpreter exits.
+    """
+    import asyncio
+
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 async def awaited(awaitable: Any) -> Any:

@@ -50,3 +50,24 @@ def test_a_thread_keeps_one_loop():
         return asyncio.get_running_loop()
 
     assert run_coroutine(loop()) is run_coroutine(loop())
+
+
+def test_a_thread_at_its_end_is_not_taken_for_one_that_was_started_elsewhere():
+    before = set(threading.enumerate())
+    ended = []
+
+    async def lingers():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.append("cancelled")
+
+    async def work():
+        ended.append(asyncio.create_task(lingers()))
+        await asyncio.to_thread(int)
+
+    thread = threading.Thread(target=lambda: run_coroutine(work()))
+    thread.start()
+    thread.join()
+    assert ended[1:] == ["cancelled"]
+    assert [one.name for one in set(threading.enumerate()) - before if one.name.startswith("Dummy")] == []

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from stageflow import CancellationToken, ContextSnapshot, Engine, PipelineBuilder, StageOutput
+from stageflow.testing.clock import VirtualClock
 from stageflow.testing.sinks import RecordingSink
 
 
@@ -130,13 +131,17 @@ def test_a_token_cancelled_before_the_start_starts_nothing(engine):
     assert ran == []
 
 
-def test_a_timeout_of_the_run_ends_it_as_failed(engine):
-    async def forever():
-        await asyncio.sleep(3600)
+def test_a_timeout_of_the_run_ends_it_as_failed():
+    clock = VirtualClock()
 
-    result = engine.run(PipelineBuilder("t").stage("w", forever).build(), timeout=0.05)
+    async def forever():
+        await clock.sleep(3600)
+
+    with Engine(processes=1, clock=clock) as engine:
+        result = engine.run(PipelineBuilder("t").stage("w", forever).build(), timeout=50)
     assert result.status == "failed"
-    assert "timeout of 0.05 s" in result.error
+    assert "timeout of 50 s" in result.error
+    assert clock.now == 50
 
 
 async def test_cancelling_execute_stops_the_run_and_waits_for_its_cleanup():
@@ -157,13 +162,17 @@ async def test_cancelling_execute_stops_the_run_and_waits_for_its_cleanup():
 
 
 def test_a_thread_that_does_not_stop_is_named_in_the_result():
-    release = threading.Event()
+    clock, release = VirtualClock(), threading.Event()
 
-    def stubborn():
+    def stubborn(ctx):
+        clock.advance(50)  # it has begun: now its time may pass
+        while not ctx.token.cancelled:
+            time.sleep(0.001)
+        clock.advance(10)  # it was asked to stop: now the grace
         release.wait(30)
 
-    with Engine(processes=1, grace=0.1) as engine:
-        result = engine.run(PipelineBuilder("t").stage("stubborn", stubborn).build(), timeout=0.05)
+    with Engine(processes=1, grace=10, clock=clock) as engine:
+        result = engine.run(PipelineBuilder("t").stage("stubborn", stubborn).build(), timeout=50)
         release.set()
     assert result.status == "failed"
     assert [one.stage for one in result.abandoned] == ["stubborn"]
@@ -171,16 +180,17 @@ def test_a_thread_that_does_not_stop_is_named_in_the_result():
 
 
 def test_a_source_that_does_not_stop_is_named_in_the_result():
-    release = threading.Event()
+    clock, release = VirtualClock(), threading.Event()
 
     def stuck():
         yield 1
+        clock.advance(60)
         release.wait(30)
         yield 2
 
     graph = PipelineBuilder("t").stage("stuck", stuck).sink("s", lambda x: x, "stuck").build()
-    with Engine(processes=1, grace=0.1) as engine:
-        result = engine.run(graph, timeout=0.1)
+    with Engine(processes=1, grace=10, clock=clock) as engine:
+        result = engine.run(graph, timeout=50)
         release.set()
     assert result.status == "failed"
     assert [one.stage for one in result.abandoned] == ["stuck"]
