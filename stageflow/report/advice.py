@@ -34,6 +34,18 @@ _FOR: Final = {
     "retry": "the delay before a retry",
 }
 
+#: what there could be more of, where a stage waits for it
+_MORE: Final = {
+    "token": "more of that token",
+    "cpu": "more cores",
+    "concurrency": "a higher concurrency=",
+    "rate": "a higher rate=",
+    "bytes": "a larger memory_limit or smaller items",
+    "memory": "more memory or smaller items",
+}
+#: of the time of a stage that is CPU time: above, it computes; below, it waits for something else
+COMPUTES: Final = 0.8
+WAITS: Final = 0.1
 
 _NOTHING: Final[Mapping[str, str]] = {}
 
@@ -74,11 +86,13 @@ def verdict(
         top = max((s for s in ran if s.lane == "process"), key=lambda s: s.busy_seconds)
         who = f"{plural(workers, 'worker')} {'was' if workers == 1 else 'were'}"
         used = min(1.0, process_busy / (workers * wall))
+        computing = sum(s.cpu_seconds for s in ran if s.lane == "process") / process_busy
         text = (
-            f"The cores are the limit: {who} busy {percent(used)} of"
+            f"The {'cores' if computing > WAITS else 'workers'} are the limit: {who} busy {percent(used)} of"
             f" the time, {percent(top.busy_seconds / process_busy)} of it with {top.stage}"
         )
-        return text + (f", and {held[0].stage} waited {_share(held[0], 'downstream', wall)} for it." if held else ".")
+        text += f", and {held[0].stage} waited {_share(held[0], 'downstream', wall)} for it." if held else "."
+        return text + _of_cores(computing)
     reason, waited = _longest_wait(busiest)
     if waited > 0.3 * wall and (reason == "approval" or reason not in _FOR):  # it said so itself: that was no work
         why = _FOR.get(reason, reason)
@@ -86,7 +100,8 @@ def verdict(
     if waited > 0.3 * wall and reason not in ("upstream", "downstream"):
         return (
             f"{busiest.stage} is the bottleneck: it was busy for {duration(busiest.busy_seconds)} and waited"
-            f" {percent(min(1.0, waited / wall))} of the run for {_FOR.get(reason, reason)}."
+            f" {percent(min(1.0, waited / wall))} of the run for {_FOR.get(reason, reason)}"
+            + (f"; {more} would help." if (more := _more(reason, busiest.lane)) else ".")
         )
     share = busiest.busy_seconds / wall
     if _share_one_interpreter(busiest, wall):
@@ -97,7 +112,9 @@ def verdict(
     if share >= 0.6:
         text = f"{busiest.stage} is the bottleneck: {duration(busiest.busy_seconds)} of work"
         text += f" in {duration(wall)}" if share <= 1.05 else f", {share:.1f} at a time on average, in {duration(wall)}"
-        return text + (f", and {held[0].stage} waited {_share(held[0], 'downstream', wall)} for it." if held else ".")
+        text += f", and {held[0].stage} waited {_share(held[0], 'downstream', wall)} for it." if held else "."
+        behind = bool(held) or busiest.queued_seconds > busiest.busy_seconds
+        return text + (_of_work(busiest, share) if behind else "")
     pressure = max(totals.backpressure_seconds.items(), key=lambda kv: kv[1], default=None)
     if pressure is not None and pressure[1] > 0.3 * wall:
         return f"The run was held back {percent(pressure[1] / wall)} of the time by {pressure[0]}."
@@ -106,6 +123,43 @@ def verdict(
         f"No stage was busy all the time: on average {busy:.2g} attempts ran at once, most of it {busiest.stage}"
         f" ({percent(share)} of the run)."
     )
+
+
+def _more(reason: str, lane: str) -> str:
+    """What to have more of; "" where that is not known."""
+    if reason == "slot":
+        return {"process": "more workers (processes=)", "thread": "more threads (threads=)"}.get(lane, "")
+    return _MORE.get(reason, "")
+
+
+def _of_cores(computing: float) -> str:
+    """What would help where the workers are always busy, by the share of CPU time in it."""
+    if computing >= COMPUTES:
+        return f" {percent(computing)} of that was computing: more cores would help."
+    if computing <= WAITS:
+        return (
+            f" Only {percent(computing)} of that was computing, the rest waiting: for cores that other programs had, or"
+            " for something outside, of which more workers (processes=) or executor='thread' would wait for more at once."
+        )
+    return ""
+
+
+def _of_work(s: StageStats, share: float) -> str:
+    """What would help where others wait for a stage, by how much of it ran at once and how much was computing. On the
+    loop CPU time is not counted by stage."""
+    computing = s.cpu_seconds / s.busy_seconds if s.busy_seconds > 0 else 0.0
+    alone = share <= 1.05
+    at_once = "one at a time" if alone else f"{share:.1f} at a time"
+    if s.lane == "process" and computing >= COMPUTES:
+        return f" {percent(computing)} of it was computing: more {'of it at once' if alone else 'cores'} would help."
+    if s.lane == "async":
+        return f" It ran {at_once}: more at once, larger batches (batch=) or a faster far end would help."
+    if s.lane in ("thread", "process") and computing <= WAITS:
+        return (
+            f" Only {percent(computing)} of it was computing, the rest waiting, {at_once}: more at once, larger batches"
+            " (batch=) or a faster far end would help."
+        )
+    return ""
 
 
 def _share(stats: StageStats, reason: str, wall: float) -> str:

@@ -172,6 +172,12 @@ def test_verdicts() -> None:
     assert "cores are the limit" in said
     assert "95 %" in said
     assert "fetch waited 71 %" in said
+    assert said.endswith("100 % of that was computing: more cores would help.")
+    napping = stats("parse", lane="process", busy_seconds=19.0, cpu_seconds=0.2)
+    said = verdict({"fetch": fetch, "parse": napping}, run)
+    assert said.startswith("The workers are the limit")
+    assert "Only 1 % of that was computing" in said
+    assert "more workers (processes=)" in said
     slow = stats("fetch", lane="async", busy_seconds=5.0, wait={"rate": 8.0})
     held_up = stats("ask", lane="async", busy_seconds=300.0, wait={"downstream": 9.0})
     behind = stats("parse", lane="process", busy_seconds=8.0, wait={"slot": 8.0})
@@ -179,7 +185,17 @@ def test_verdicts() -> None:
     running = {"ask": stats("ask", busy_seconds=300.0), "parse": behind}
     assert verdict(running, run, waiting={"ask": "parse to catch up"}).startswith("parse is the bottleneck")
     assert verdict(running, run).startswith("ask is the bottleneck")
-    assert "its rate limit" in verdict({"fetch": slow}, run)
+    assert "its rate limit; a higher rate= would help." in verdict({"fetch": slow}, run)
+    assert "a free slot of its lane; more workers (processes=) would help." in verdict({"parse": behind}, run)
+    before = stats("before", lane="process", busy_seconds=0.1, wait={"downstream": 9.0})
+    sink = stats("store", lane="async", busy_seconds=9.5)
+    said = verdict({"before": before, "store": sink}, run)
+    assert said.endswith("It ran one at a time: more at once, larger batches (batch=) or a faster far end would help.")
+    assert verdict({"store": sink}, run).endswith("9.5 s of work in 10 s."), "nothing waits for it: it has no backlog"
+    waited_for = stats("store", lane="thread", busy_seconds=19.0, cpu_seconds=0.2, queued_seconds=90.0)
+    assert "the rest waiting, 1.9 at a time: more at once" in verdict({"store": waited_for}, run)
+    chain = stats("fold", lane="process", busy_seconds=9.5, cpu_seconds=9.4, queued_seconds=90.0)
+    assert "more of it at once would help" in verdict({"fold": chain}, RunStats(wall_seconds=10.0, workers_started=4))
     alone = stats("load", lane="thread", busy_seconds=9.5)
     assert verdict({"load": alone}, run).startswith("load is the bottleneck")
     assert "too short" in verdict({"load": alone}, RunStats(wall_seconds=0.01))
