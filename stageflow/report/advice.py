@@ -139,7 +139,7 @@ def _of_cores(computing: float) -> str:
     if computing <= WAITS:
         return (
             f" Only {percent(computing)} of that was computing, the rest waiting: for cores that other programs had, or"
-            " for something outside, of which more workers (processes=) or executor='thread' would wait for more at once."
+            " for something outside, and then more workers (processes=) or executor='thread' would help."
         )
     return ""
 

@@ -13,7 +13,13 @@ import threading
 import pytest
 
 from stageflow import Engine, PipelineBuilder, RetryConfig
+from stageflow.context.pieces import Done
 from stageflow.runtime.running import live_drivers
+from stageflow.scheduler import actions as act
+from stageflow.scheduler import signals as sig
+from stageflow.scheduler.audit import audit
+from stageflow.scheduler.layout import Layout
+from stageflow.scheduler.machine import Machine
 
 MB = 1_000_000
 
@@ -200,18 +206,66 @@ def test_a_worker_that_dies_while_its_call_stands_still(tmp_path, again):
         assert 0 < len(seen) < 100
 
 
-def test_the_time_for_which_it_stood_is_not_its_own(tmp_path):
+def test_the_time_for_which_it_stood_is_not_its_own():
     def keep(pair) -> None:
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.005)
 
     def make(x: int):
         for k in range(60):
             yield k, bytes(MB)
 
     with Engine(processes=1, threads=4, memory_limit="32MiB") as own:
-        result = own.run(graph_of(make, keep, kind="work", timeout=0.25), {"n": 1}, timeout=60)
-        assert result.success, result.error
-        stats = result.stats["make"]
-        assert stats.wall_seconds > 0.3
-        assert stats.busy_seconds < 0.25
-        assert sum(stats.wait.get(why, 0.0) for why in ("downstream", "bytes")) > 0.1
+        result = own.run(graph_of(make, keep, kind="work"), {"n": 1}, timeout=60)
+    assert result.success, result.error
+    stats = result.stats["make"]
+    stood = sum(stats.wait.get(why, 0.0) for why in ("downstream", "bytes"))
+    assert stood > 0.05
+    assert stats.busy_seconds <= stats.wall_seconds - stood + 0.02
+
+
+class Told:
+    """A machine, and what it said last."""
+
+    def __init__(self, graph) -> None:
+        self.machine = Machine({"thread": 4}, policies=[lambda view: "the test" if view.what == "start" else None])
+        self.layout = Layout(graph, ["thread"] * len(graph.specs))
+        self.now = 100.0
+
+    def say(self, signal, after: float = 0.0):
+        self.now += after
+        actions = self.machine.handle(signal, self.now)
+        audit(self.machine)
+        return actions
+
+
+def of_type(actions, kind):
+    return [action for action in actions if type(action) is kind]
+
+
+def test_a_timeout_stands_still_with_its_call():
+    graph = graph_of(numbers, lambda item: None, kind="work", timeout=1.0)
+    flat = graph.index["make"]
+
+    def told(asks: bool, handle: int):
+        return sig.BlockPart(make.task, Done((), counts=(1,), flows=((0, handle - 2),), asks=asks), handle, 10)
+
+    told_to = Told(graph)
+    told_to.say(sig.RunSubmitted(1, "run", told_to.layout))
+    actions = told_to.say(sig.ItemsArrived(1, graph.index["source"], 1, 1, 10))
+    (make,) = of_type(actions, act.StartBlock)
+    (timer,) = of_type(actions, act.SetTimer)
+    assert make.stage == flat
+    actions = told_to.say(told(True, 2), 0.5)
+    assert of_type(actions, act.Stand)
+    (keep,) = of_type(actions, act.StartBlock)  # what is deeper goes first, whatever the policy says
+    actions = told_to.say(sig.TimerDue(timer.timer, elapsed=1.0), 0.5)  # it worked for one half of that
+    (timer,) = of_type(actions, act.SetTimer)
+    assert not of_type(actions, act.StopAttempt)
+    actions = told_to.say(sig.BlockPart(keep.task, Done(((0, 1, -1),)), final=True), 9.0)
+    assert of_type(actions, act.GoOn)
+    actions = told_to.say(sig.TimerDue(timer.timer, elapsed=10.2), 0.2)
+    (timer,) = of_type(actions, act.SetTimer)
+    assert timer.at == pytest.approx(told_to.now + 0.3)
+    actions = told_to.say(sig.TimerDue(timer.timer, elapsed=10.5), 0.3)
+    (stop,) = of_type(actions, act.StopAttempt)
+    assert stop.timeout == 1.0
