@@ -21,6 +21,7 @@ from stageflow.pipeline.checks import checked_annotation
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
 from stageflow.pipeline.placement import place
+from stageflow.pipeline.policies import Policies
 from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.spaces import flows_early
 from stageflow.pipeline.spec import Role, StageSpec
@@ -43,16 +44,23 @@ class StageCode:
         "_gathered",
         "_modules",
         "_traced",
+        "bare",
         "gathers",
         "passes_snapshot",
         "program",
         "shipped",
         "shipped_async",
         "sources",
+        "writable",
     )
 
     def __init__(
-        self, program: Program, sources: tuple[int | str, ...], modules: tuple[str, ...], gathers: bool = False
+        self,
+        program: Program,
+        sources: tuple[int | str, ...],
+        modules: tuple[str, ...],
+        gathers: bool = False,
+        policies: Policies | None = None,
     ) -> None:
         self.program = program
         self.sources = sources
@@ -62,6 +70,9 @@ class StageCode:
         self._modules = modules
         self._traced: tuple[Shipped, Shipped] | None = None
         self.gathers = gathers
+        self.writable = policies is not None and policies.writable
+        #: nothing of its values, its run or its policies needs a look when a call of it is made in a worker
+        self.bare = not (self.passes_snapshot or gathers or policies is None or not policies.quiet())
         self._gathered: dict[int, Shipped] = {}
 
     def gathered(self, shipped: Shipped, width: int) -> Shipped:
@@ -90,6 +101,8 @@ class StageCode:
         made._modules = modules
         made._traced = traced, traced
         made.gathers = self.gathers
+        made.writable = self.writable
+        made.bare = False
         made._gathered = {}
         return made
 
@@ -344,7 +357,8 @@ class GraphCode:
         else:
             program = Program(**common)
         gathers = any(isinstance(source, int) and graph.streams[source] for source in sources)
-        return StageCode(program, tuple(sources), _modules(spec), gathers)
+        policies = spec.policies if spec.form != "graph" else None
+        return StageCode(program, tuple(sources), _modules(spec), gathers, policies)
 
 
 def _direct_of(runner: Callable[..., Any]) -> Shipped:

@@ -114,9 +114,12 @@ class Starting(DriverCounters):
         for source in sources:
             if isinstance(source, str):
                 value = inputs.get(source, ABSENT)
-                if crosses and (many or job.code.readers(source) > 1):
+                if crosses and type(value) not in _WORDS and (many or job.code.readers(source) > 1):
                     value = _once(value, source, job.inputs_wire, executor)
                 found.append(value)
+                continue
+            if crosses and book.encoded[source]:
+                found.append(book.values[source])
                 continue
             if book.graph.streams[source]:
                 whole = book.sequence(source) if source not in book.ends or source in book.kept else ABSENT
@@ -129,8 +132,6 @@ class Starting(DriverCounters):
                 found.append(ABSENT)
             elif not crosses:
                 found.append(book.value(source))
-            elif book.encoded[source]:
-                found.append(value)
             elif many or len(book.graph.dependents[source]) > 1:
                 found.append(_once(value, source, book.shared, executor))
             else:
@@ -158,6 +159,18 @@ class Starting(DriverCounters):
                 direct = job.code.direct(stage)
             if direct is not None:  # a function of nothing, on this loop: there is nothing to put together
                 executor.start(Call(action.task, direct), self._deliver_attempt)
+                return
+            code = job.code.stage(stage)
+            if code.bare and lane == "process":  # as below, without what could be special
+                try:
+                    values = self._values(job, code.sources, lane, executor)
+                    call = Call(
+                        action.task, code.shipped, (None, None, *values), action.short, action.alone, code.writable
+                    )
+                except Exception as error:
+                    self._refuse(running, error)
+                    return
+                executor.start(call, self._deliver_attempt)
                 return
         spec = job.graph.specs[stage]
         try:

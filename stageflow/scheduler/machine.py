@@ -34,7 +34,7 @@ from stageflow.scheduler.fused import RegionRules
 from stageflow.scheduler.guards import GuardRules
 from stageflow.scheduler.losses import LossRules
 from stageflow.scheduler.outcomes import OutcomeRules, timeout_info
-from stageflow.scheduler.plain import SHORT_SECONDS, PlainRules
+from stageflow.scheduler.plain import BRIEF_SECONDS, BRIEF_TIMES, SHORT_SECONDS, PlainRules
 from stageflow.scheduler.sourcing import SourceRules
 from stageflow.scheduler.standing import StandingRules
 from stageflow.scheduler.states import ALLOWED, StageState
@@ -44,7 +44,6 @@ from stageflow.scheduler.timers import TimerRules
 
 _S = StageState
 _COMPLETED: Final = act.Completed
-AHEAD: Final = 2  # tasks per worker when they are short
 
 
 class Machine(
@@ -368,17 +367,14 @@ class Machine(
 
     def _dispatch_lane(self, lane: Lane, now: float) -> None:
         heap, fifo = lane.heap, lane.fifo
-        most_ahead = lane.slots * self.ahead.get(lane.name, 1)
         unrolled = self.unrolled
         while fifo or heap:
-            if lane.used >= lane.slots:
-                if lane.used >= most_ahead:
-                    return
-                _, _, _, _, run, stage, stream, _ = lane.first()
-                if not self._is_short(run, stage, stream):
-                    return
             if unrolled and self._start_plain(lane):
-                continue
+                return
+            if lane.used >= lane.slots:
+                _, _, _, _, run, stage, stream, _ = lane.first()
+                if not self._goes_ahead(lane, lane.used, run, stage, stream):
+                    return
             entry = lane.pop() if heap else fifo.popleft()
             if self.admission.woken:
                 limit = self.admission.arrived(entry[3])
@@ -430,6 +426,15 @@ class Machine(
         if stream is not None and stream.can_block and stream.measured:
             return True  # blocks are cut to a few milliseconds
         return self.seconds.get((run.layout.key, stage), 1.0) < SHORT_SECONDS
+
+    def _goes_ahead(self, lane: Lane, used: int, run: Run, stage: int, stream: Stream | None) -> bool:
+        """Whether it may be handed over although `used` of a lane's slots, which is all or more, are taken."""
+        ahead = self.ahead.get(lane.name, 1) * lane.slots
+        if used >= ahead * BRIEF_TIMES or ahead <= lane.slots or not self._is_short(run, stage, stream):
+            return False
+        if used < ahead:
+            return True
+        return stream is None and self.seconds.get((run.layout.key, stage), 1.0) < BRIEF_SECONDS
 
     def _admit(self, run: Run, stage: int, lane: Lane, entry: Any, now: float) -> bool:
         """Ask the limits of a stage; when refused, the entry waits at the limit that refused it."""

@@ -23,6 +23,9 @@ _ENDED: Final = sig.AttemptEnded
 _START: Final = act.StartAttempt
 _COMPLETED: Final = act.Completed
 SHORT_SECONDS: Final = 0.005  # below this a process task is worth sending ahead (rules of the process lane)
+#: below this so many times as many: they share frames, and what hearing of each costs is a good part of the whole
+BRIEF_SECONDS: Final = 0.0003
+BRIEF_TIMES: Final = 4
 
 
 class PlainRules:
@@ -53,9 +56,9 @@ class PlainRules:
             or layout.lanes[after] != name
             or lane.fifo
             or lane.heap
-            or lane.used > lane.slots
             or self._touched
             or self.holders
+            or (lane.used > lane.slots and not self._goes_ahead(lane, lane.used - 1, run, after, None))
         ):
             return None
         id = task.id
@@ -93,29 +96,24 @@ class PlainRules:
     def _start_plain(self: Machine, lane: Lane) -> bool:
         """`_dispatch_lane` and `_start` for the stages at the front of a queue that have no policies (`Layout.simple`)
         and of which no worker has died: every stage of most graphs, so it is spelled out. It must do what those do.
-        False if there was none."""
+        False if what is next in the queue is none of them; True if nothing is, or no slot is free for it."""
         fifo, heap, slots, name = lane.fifo, lane.heap, lane.slots, lane.name
         tasks, out = self.tasks, self._out
         crosses = name == "process"
-        most = slots * self.ahead.get(name, 1)
-        started = False
         while fifo or heap:
             used = lane.used
-            if used >= slots and used >= most:
-                break
             entry = lane.first() if heap else fifo[0]
             _, _, _, _, run, stage, _, since = entry
             layout = run.layout
             if not layout.simple[stage] or run.state[stage] != 2 or run.ending is not None or run.deaths:
-                break
+                return False
+            if used >= slots and not self._goes_ahead(lane, used, run, stage, None):
+                return True
             short = crosses and self.seconds.get((layout.key, stage), 1.0) < SHORT_SECONDS
-            if used >= slots and not (short if crosses else self._is_short(run, stage, None)):
-                break
             if heap:
                 lane.pop()
             else:
                 fifo.popleft()
-            started = True
             self._next_task = id = self._next_task + 1
             run_id = run.id
             tasks[id] = run.tasks[id] = Task(id, run, stage, name, 1, since)
@@ -124,7 +122,7 @@ class PlainRules:
             run.running += 1
             run.state[stage] = 3  # READY -> RUNNING
             out.append(_START(id, run_id, stage, name, 1, False, short) if short else _START(id, run_id, stage, name))
-        return started
+        return True
 
     def _take_plain(self: Machine, signals: list[Any], at: int, now: float) -> int:
         """`_on_attempt_ended` for stages without policies (`Layout.simple`) that succeeded in a run in which nothing

@@ -99,7 +99,17 @@ class ProcessExecutor(Hearing):
         if not self._queue and self._send_at_once(task):
             return
         self._queue.append(task)
-        self._dispatch()
+        if self._idle or (len(self._lent) < self._slots and not self._asked):
+            self._dispatch()
+        elif task.short and not self._looks_later:
+            # no worker is without work: what else comes in this turn of the loop may share its frame
+            self._looks_later = True
+            loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._looks_later = False
+        if self._queue and not self._closed:
+            self._dispatch()
 
     def cancel(self, call_id: int, *, reason: str, force: bool = False) -> None:
         """Take the call out of the queue, or tell it, or with `force` kill the worker that runs it."""

@@ -17,6 +17,7 @@ from stageflow_executors.processes.state import LaneState, Lent, Task
 from stageflow_executors.shm import codec
 
 BATCH_NS: Final = 1_000_000  #: work per frame of short calls
+SPREAD_NS: Final = 200_000  #: work of a frame that is not split further towards the end of the queue
 MAX_BATCH: Final = 64
 _WORDS: Final = frozenset((type(None), bool, float))
 _I64: Final = 1 << 63
@@ -30,41 +31,47 @@ class Sending(LaneState):
         if call.shipped.key not in self.supply.shipping.known:
             self.supply.shipping.data(call.shipped)
             self.supply.want_modules(call.shipped)
-        encoded = []
-        for index, value in enumerate(call.args):
+        encoded: list[Any] = []
+        bytes_in = 0
+        for value in call.args:
             kind = type(value)
-            if (
+            if kind is InlinePayload:
+                bytes_in += value.nbytes
+                encoded.append(value.encoded)
+            elif (
                 kind in _WORDS
                 or (kind is int and -_I64 <= value < _I64)
                 or (kind is bytes and len(value) < 1024)
                 or (kind is str and len(value) < 1024 and value.isascii())
             ):
-                task.bytes_in += 8
+                bytes_in += 8
                 encoded.append(value)
-                continue
-            if kind is InlinePayload:
-                task.bytes_in += value.nbytes
-                encoded.append(value.encoded)
-                continue
-            if kind is ProcessPayload:
-                data, nbytes, inline, blocks = value.encoded, value.nbytes, value.inline, value.blocks
-                if blocks:
-                    self.supply.books.lease(blocks)
             else:
                 try:
-                    data, nbytes, inline, blocks = encode_value(self.supply, self._memory, value)
+                    data, nbytes = self._encoded(task, value)
                 except StageflowError as error:
-                    _name_argument(error, index, plain=type(call.shipped.function) is Plain)
+                    _name_argument(error, len(encoded), plain=type(call.shipped.function) is Plain)
                     raise
-            if blocks:
-                task.payloads.append(ProcessPayload(self.supply.books, data, nbytes, blocks, inline))
-            task.bytes_in += nbytes
-            encoded.append(data)
+                bytes_in += nbytes
+                encoded.append(data)
+        task.bytes_in = bytes_in
         message = [ch.TASK, call.id, call.shipped.key, int(call.writable), encoded]
         data = ch.encode_message(message)
         if len(data) > ch.MAX_MESSAGE:
             data = self._big(task, data)
         task.data = data
+
+    def _encoded(self, task: Task, value: Any) -> tuple[Any, int]:
+        """An argument in its wire form, and its bytes; what it occupies of shared memory is held by `task`."""
+        if type(value) is ProcessPayload:
+            data, nbytes, inline, blocks = value.encoded, value.nbytes, value.inline, value.blocks
+            if blocks:
+                self.supply.books.lease(blocks)
+        else:
+            data, nbytes, inline, blocks = encode_value(self.supply, self._memory, value)
+        if blocks:
+            task.payloads.append(ProcessPayload(self.supply.books, data, nbytes, blocks, inline))
+        return data, nbytes
 
     def _big(self, task: Task, data: bytes) -> bytes:
         """A message too long for a frame, laid in shared memory."""
@@ -83,7 +90,13 @@ class Sending(LaneState):
         if not first.short or not queue:
             return batch
         ewma = self._ewma_ns.get(first.call.shipped.key, 0.0)
-        limit = min(MAX_BATCH, len(queue) // (2 * self._slots) + 1, int(BATCH_NS / ewma) if ewma > 0 else 1)
+        limit = 1
+        if ewma > 0:
+            left = len(queue)
+            share = left // (2 * self._slots) + 1
+            if left < 64 and share < (even := left // self._slots + 1):  # so little work need not be spread further
+                share = max(share, min(even, int(SPREAD_NS / ewma)))
+            limit = min(MAX_BATCH, share, int(BATCH_NS / ewma))
         size = len(first.data)
         while len(batch) < limit and queue and queue[0].short:
             size += len(queue[0].data)

@@ -86,6 +86,7 @@ class LaneState:
         self._asked = False
         self._standing = 0  # calls that stand still: each has a worker on top
         self._closed = False
+        self._looks_later = False  # at its queue, once in this turn of the loop
         self._ids = 0
         self._ewma_ns: dict[int, float] = {}  # per shipped function
         self._shipped_for: dict[int, tuple[Shipped, Callable[..., Any]]] = {}
