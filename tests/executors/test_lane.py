@@ -72,6 +72,28 @@ asyncio.run(main())
     assert not FORBIDDEN & set(modules)
 
 
+def echo(port: Any, number: int) -> int:
+    return number
+
+
+async def test_short_calls_of_one_turn_share_frames_when_every_worker_has_something_to_do() -> None:
+    async with ProcessExecutor(1) as lane:
+        loop, shipped = asyncio.get_running_loop(), Shipped(echo)
+
+        async def several(first: int, count: int) -> list[int]:
+            ended: list[asyncio.Future[Outcome]] = [loop.create_future() for _ in range(count)]
+            for number, future in enumerate(ended, first):
+                lane.start(Call(number, shipped, (number,), short=True), future.set_result)
+            return [(await future).value.load() for future in ended]
+
+        assert await several(1, 1) == [1]
+        (lent,) = lane._lent.values()
+        before = lent.next_frame
+        lane._ewma_ns[shipped.key] = 1000.0  # whatever this machine made of it
+        assert await several(10, 12) == list(range(10, 22))
+        assert lent.next_frame - before <= 4  # the first at once, the others in what was left to share
+
+
 def says_much(port: Any, times: int) -> int:
     for number in range(times):
         port.note("said", number)

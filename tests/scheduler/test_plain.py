@@ -121,7 +121,9 @@ def test_both_ways_give_equal_actions_for_equal_signals(block, mode):
                 chosen = dice.sample(under, dice.randint(1, min(len(under), 4)))
                 under = [task for task in under if task not in chosen]
                 signals = [
-                    ending(dice, task, True) if faulty else sig.AttemptEnded(task, "ok", seconds=0.001)
+                    ending(dice, task, True)
+                    if faulty
+                    else sig.AttemptEnded(task, "ok", seconds=dice.choice((0.0001, 0.001)))
                     for task in chosen
                 ]
                 if faulty and dice.random() < 0.01:
@@ -165,6 +167,26 @@ def test_a_chain_is_handed_on_as_the_general_rules_would(lanes):
         if started.stage == 7:
             signals.append(sig.CapacityChanged(lanes[0], 1))
     assert handed == 39
+
+
+@pytest.mark.parametrize("unrolled", [True, False])
+@pytest.mark.parametrize(("seconds", "ahead"), [(0.02, 1), (0.002, 2), (0.0001, 8)])
+def test_the_shorter_a_process_stage_is_the_more_of_it_are_handed_over_ahead(seconds, ahead, unrolled):
+    builder = PipelineBuilder("wide")
+    for i in range(40):
+        builder.stage(f"s{i}", nothing)
+    layout = Layout(builder.build(), ["process"] * 40)
+    machine = Machine(LANES, ahead={"process": 2})
+    machine.unrolled = unrolled
+    machine.seconds.update({(layout.key, stage): seconds for stage in range(40)})
+    actions = machine.handle(sig.RunSubmitted(1, "r", layout), 1.0)
+    most = len(actions)
+    while started := [action for action in actions if type(action) is act.StartAttempt]:
+        assert all(action.short == (seconds < 0.005) for action in started)
+        actions = machine.handle_all([sig.AttemptEnded(action.task, seconds=seconds) for action in started], 1.0)
+        audit(machine)
+    assert most == LANES["process"] * ahead
+    assert any(type(action) is act.FinishRun for action in actions)
 
 
 def test_nobody_listening_changes_only_what_is_told():
