@@ -463,7 +463,11 @@ class Engine:
 
     def _on_own_loop(self, coroutine: Any) -> Any:
         """Run a coroutine on the loop that the engine keeps for this thread."""
-        self._check_open()
+        try:
+            self._check_open()
+        except BaseException:
+            coroutine.close()
+            raise
         return self._own.run(self._held(coroutine), self._leave_loop)
 
     async def _held(self, coroutine: Any) -> Any:

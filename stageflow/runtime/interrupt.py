@@ -8,16 +8,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Final
 
 _EXIT: Final = {signal.SIGTERM: 143}
+_NOT_USERS: Final = ("stageflow", "stageflow_executors", "asyncio", "uvloop", "selectors", "threading", "contextlib")
 if hasattr(signal, "SIGHUP"):
     _EXIT[signal.SIGHUP] = 129
 
 
 class Interrupt:
     """While it is entered (main thread, default handlers only), the first signal asks to drain, the second to stop at
-    once, the third ends the process."""
+    once, the third ends the process. All of that is heard by the loop. Where a stage keeps the loop from turning (the
+    inline lane, a coroutine that never waits) a second Ctrl-C is raised in that stage."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stop: Callable[[str, bool], None]) -> None:
         self._loop = loop
@@ -25,6 +28,7 @@ class Interrupt:
         self._installed: list[signal.Signals] = []
         self._asked: signal.Signals | None = None
         self._count = 0
+        self._unheard = 0  # signals since the loop last heard of one
         self._restore: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -40,16 +44,25 @@ class Interrupt:
                     self._loop.add_signal_handler(number, self._received, number)
                     self._installed.append(number)
                     self._restore[number] = current
+                    signal.signal(number, self._arrived)  # the loop hears of it as before, by its wakeup descriptor
         return self
 
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        """A signal, whether or not the loop gets to hear of it."""
+        self._unheard += 1
+        if self._unheard > 2:
+            _end_process(number)
+        elif self._unheard == 2 and number == signal.SIGINT and _is_users(frame):
+            raise KeyboardInterrupt
+
     def _received(self, number: signal.Signals) -> None:
+        self._unheard = 0
         force = self._asked is not None
         self._asked = self._asked or number
         self._count += 1
         if self._count > 2:
             # whatever keeps the run from ending, a third signal ends the process as if nobody had caught it
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_process(number)
         self._stop(f"interrupted by {signal.Signals(number).name}", force)
 
     def __exit__(self, *exc: object) -> None:
@@ -70,6 +83,16 @@ class Interrupt:
             error = SystemExit(_EXIT[self._asked])
         error.result = result  # type: ignore[union-attr, attr-defined, unused-ignore]
         raise error
+
+
+def _end_process(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _is_users(frame: FrameType | None) -> bool:
+    """Whether what runs is neither ours nor an event loop's: an exception must not be raised amid their books."""
+    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_USERS
 
 
 def _is_runner(handler: Any) -> bool:

@@ -1,13 +1,17 @@
 """What functions do that nobody expects of them is one item's or one stage's matter, and the same in every lane."""
 
 import asyncio
+import functools
+import gc
+import os
 import sys
 import threading
 import types
 
 import pytest
 
-from stageflow import Engine, PipelineBuilder
+from stageflow import Engine, LaneClosedError, PipelineBuilder
+from stageflow.testing.sinks import RecordingSink
 
 LANES = ("async", "thread", "process", "inline")
 
@@ -142,3 +146,44 @@ def test_what_cannot_be_sent_does_not_keep_the_next_from_being_sent(engine):
         assert engine.run(bad, {"x": 1}).outputs["s"].status == "ok"
     finally:
         del sys.modules["only_here"]
+
+
+def closes_everything(number):
+    os.closerange(3, 4096)
+    return number
+
+
+class ExitsWhenRead:
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def ignores(thing, number):
+    return number
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "deaths"),
+    [(closes_everything, 70, 3), (functools.partial(ignores, ExitsWhenRead()), 3, 9)],
+    ids=["a worker that cannot tell of its call", "a function that no worker can read"],
+)
+def test_a_call_that_no_worker_can_tell_of_is_not_sent_for_ever(engine, function, status, deaths):
+    sink = RecordingSink()
+    graph = PipelineBuilder("p").stage("s", function, executor="process").build()
+    result = engine.run(graph, {"number": 1}, event_sinks=[sink])
+    info = result.outputs["s"].error_info
+    assert info.type.endswith("WorkerDiedError")
+    assert (info.exit_code, info.worker_pid > 0, info.rss_bytes > 0) == (status, True, True)
+    assert len(sink.of("worker.lost")) <= deaths
+    again = PipelineBuilder("p").stage("s", ignores, executor="process").build()
+    assert engine.run(again, {"thing": 0, "number": 1}).data("s") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_closed_engine_says_so_and_nothing_else():
+    graph = PipelineBuilder("p").stage("s", lambda: 1, executor="async").build()
+    closed = Engine(processes=1)
+    closed.close()
+    with pytest.raises(LaneClosedError, match="the engine is closed"):
+        closed.run(graph)
+    gc.collect()

@@ -37,6 +37,7 @@ _PREFIX: Final = struct.Struct("=IH")  # length, number of descriptors
 TASK, SHIP, MAIN, SEGMENTS, FREE, FORGET, BYE, BIG, GO_ON = range(9)
 # worker -> parent
 READY, DONE, PART, FAILED, NOTE, RELEASED, RETURNED = range(16, 23)
+MUTE: Final = 70  #: exit status of a worker whose end of the channel is gone
 
 
 #: one message, or a frame of several, as bytes; raises what msgspec raises on values that are not msgpack-able

@@ -242,8 +242,10 @@ class Hearing(Lending):
         if handle.process is not None and not self.supply.poll_ended(handle):
             handle.kill()
         running, _, started = handle.page.running()
-        blamed = lent.tasks.get(running)
         error = describe(handle, self.supply.oom_before)
+        if not running and error.exit_code == ch.MUTE:
+            running = handle.page.last_done()  # it could not tell of the call: whatever that did would happen again
+        blamed = lent.tasks.get(running)
         came_up = handle.ready
         lent.death = None
         self._detach(lent)
@@ -269,7 +271,7 @@ class Hearing(Lending):
             if task.forced or task.cancelled is not None:
                 self._finish(task, Outcome(task.call.id, OutcomeKind.CANCELLED, worker_pid=tail))
             elif task.boarded >= self.poison_limit:
-                self._finish(task, self._lost(task, error, handle, started, suspect=False))
+                self._finish(task, self._lost(task, error, handle, started, suspect=True))
             else:
                 again.append(task)
         lent.tasks.clear()

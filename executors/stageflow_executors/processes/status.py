@@ -57,6 +57,10 @@ class StatusPage:
             if words[TASK] == task and words[PHASE] == phase:
                 return (task if phase else 0), phase, started
 
+    def last_done(self) -> int:
+        """The task that ended last, told of or not."""
+        return self.words[LAST_DONE]
+
     def progress(self) -> tuple[float, float]:
         """What the running task last published."""
         return self.doubles[DONE], self.doubles[TOTAL]

@@ -21,6 +21,7 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -244,8 +245,10 @@ class Worker:
         try:
             self.channel.send(frame, fds, wait=True)
         except ch.Closed as error:
-            os.write(2, f"worker {self.pid}: channel lost: {error}\n".encode())
-            os._exit(70)
+            words = f"worker {self.pid} lost its channel: {error}; a stage must not close descriptors it did not open\n"
+            with suppress(OSError):
+                os.write(2, words.encode())
+            os._exit(ch.MUTE)
 
     # ------------------------------------------------------------ loop
 
