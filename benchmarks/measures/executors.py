@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from benchmarks.executors.bare import bouncing_on
 from benchmarks.graphs import CountingSink
 from benchmarks.harness import Row, Scenario, Sides
-from benchmarks.measures.common import engine_on_loop, enter, our_pool, standard_pool, timed
+from benchmarks.measures.common import engine_on_loop, enter, loop_runner, our_pool, standard_pool, timed
 from benchmarks.peers import WORKERS, dask_here, need, ray_here
 from benchmarks.work import burn, burn_many, loops_per_second, noop
 from stageflow import PipelineBuilder, StageKind
@@ -32,7 +33,6 @@ def process_chain(length: int) -> Any:
 @contextmanager
 def _lane_side(stack: ExitStack, trips: int) -> Iterator[Any]:
     """One call after another through `ProcessExecutor` on uvloop."""
-    from benchmarks.measures.common import loop_runner
     from stageflow.core.executor import Call, Shipped
     from stageflow_executors.processes.pool import ProcessExecutor
     from stageflow_executors.processes.port import Plain
@@ -63,6 +63,9 @@ def _latency(scale: float) -> Iterator[Sides]:
     with ExitStack() as stack:
         lane = stack.enter_context(_lane_side(stack, trips))
         sides.add("lane", timed(lane))
+        bare = stack.enter_context(loop_runner())
+        bounce = stack.enter_context(bouncing_on(bare))
+        sides.add("bounce", timed(lambda: bare.run(bounce.trips(trips, 40))))
 
         runner, engine = stack.enter_context(engine_on_loop(processes=1))
         length = max(20, int(200 * scale))
@@ -220,6 +223,13 @@ SCENARIOS = (
                 under="ppe",
                 bar=0.25,
                 gate=True,
+            ),
+            Row(
+                id="L1",
+                what="a frame there and back, no executor (limit)",
+                against="concurrent.futures",
+                over="bounce",
+                under="ppe",
             ),
             Row(id="L1", what="no-op round trip, ProcessExecutor", against="mp.Pool", over="lane", under="mp.Pool"),
             Row(id="L1", what="no-op round trip, ProcessExecutor", against="loky", over="lane", under="loky"),

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from benchmarks.executors.bare import bouncing_in_a_thread, bouncing_on
 from benchmarks.harness import MissingPeerError, Row, Scenario, Sides
 from benchmarks.measures.common import engine_on_loop, enter, loop_runner, our_pool, standard_pool, timed
 from benchmarks.peers import WORKERS, need, ray_here
@@ -181,6 +182,11 @@ def _small(scale: float) -> Iterator[Sides]:
                 assert (await lane.submit(noop, little)).nbytes == 1024
 
         sides.add("1 KB lane", timed(lambda: runner.run(trip_after_trip())))
+        bare = stack.enter_context(loop_runner())
+        bounce = stack.enter_context(bouncing_on(bare))
+        sides.add("1 KB bounce", timed(lambda: bare.run(bounce.trips(trips, 1100))))
+        hop = stack.enter_context(bouncing_in_a_thread())
+        sides.add("1 KB hop", timed(lambda: hop.trips_from_outside(trips, 1100)))
         for name, call in _both(round_trip, ours, standard, "records"):
             sides.add(name, timed(call, repeat=5))
         for name, call in _both(one_by_one, ours, standard, "1 KB"):
@@ -336,6 +342,22 @@ SCENARIOS = (
                 bar=3.0,
                 at_most=False,
                 gate=True,
+            ),
+            Row(
+                id="P5",
+                what="1 KB there and back, no executor (limit)",
+                against="concurrent.futures",
+                over="1 KB ppe",
+                under="1 KB bounce",
+                at_most=False,
+            ),
+            Row(
+                id="P5",
+                what="the same, asked for by another thread (limit)",
+                against="concurrent.futures",
+                over="1 KB ppe",
+                under="1 KB hop",
+                at_most=False,
             ),
         ),
     ),
