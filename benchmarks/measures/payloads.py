@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -72,6 +74,16 @@ def consumers(count: int, array: Any = None) -> Any:
     return builder.build()
 
 
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Shared memory of the kind that the lane uses, mapped for writing."""
+    fd = os.memfd_create("limit", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, nbytes)
+        return mmap.mmap(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def _to_consumers(scale: float) -> Iterator[Sides]:
     """The same array to eight stages."""
@@ -92,6 +104,15 @@ def _to_consumers(scale: float) -> Iterator[Sides]:
         sides.add("input", timed(partial(through_engine, consumers(CONSUMERS), {"array": array}), repeat=3))
         into = np.empty_like(array)
         sides.add("copy", timed(lambda: np.copyto(into, array), repeat=7))
+        shared_memory = np.ndarray(array.shape, array.dtype, _anonymous(array.nbytes))
+
+        def share() -> None:
+            """What nobody can do without: the copy into memory that others can map, and one worker's part of the
+            reads, through a mapping that it has."""
+            np.copyto(shared_memory, array)
+            assert [touch(shared_memory) for _ in range(CONSUMERS // WORKERS)][-1] == expected
+
+        sides.add("share", timed(share, repeat=7))
         ray = enter(stack, sides, "ray", ray_here())
         if ray is not None:
             remote = ray.remote(touch)
@@ -272,6 +293,13 @@ SCENARIOS = (
                 over="input",
                 under="copy",
                 bar=1.3,
+            ),
+            Row(
+                id="P2",
+                what="one copy into shared memory, one worker's reads (limit)",
+                against="warm copies of 100 MB",
+                over="share",
+                under="copy",
             ),
         ),
     ),

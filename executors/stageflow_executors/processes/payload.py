@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stageflow.core.errors import StageflowError
+from stageflow_executors.processes.machine import usable_cores
 from stageflow_executors.shm import codec, fidelity
+from stageflow_executors.shm.copying import HALVES_ABOVE, copy_in_halves
 from stageflow_executors.shm.lease import Books, ValueReader
 
 if TYPE_CHECKING:
@@ -135,6 +137,13 @@ class ParentMemory:
     def find(self, buffer: memoryview) -> tuple[codec.Key, int] | None:
         """Views of results are not recognised here: they are copied once more."""
         return None
+
+    def copy(self, into: memoryview, data: Any) -> None:
+        """By two threads where it is worth it and no worker wants the core."""
+        if into.nbytes < HALVES_ABOVE or usable_cores() < 2 or self._supply.is_busy():
+            into[:] = data
+        else:
+            copy_in_halves(into, data)
 
 
 def encode(supply: WorkerSupply, memory: ParentMemory, value: Any) -> ProcessPayload | InlinePayload:

@@ -355,6 +355,10 @@ class WorkerSupply(ServerLink):
         if replacement is not None:
             replacement.reported(worker)
 
+    def is_busy(self) -> bool:
+        """Is any worker at a call? By what the pages say: a glance, nothing to rely on. Any thread."""
+        return any(w.page.words[status.PHASE] for w in list(self.workers.values()))
+
     def idle_pids(self) -> list[int]:
         """Pids of all workers that are up."""
         with self.lock:

@@ -76,6 +76,10 @@ class LocalMemory:
         self._page.words[status.RESERVED] = self.arena.reserved
         return block
 
+    def copy(self, into: memoryview, data: Any) -> None:
+        """By this thread alone: the other cores may have workers of their own."""
+        into[:] = data
+
     def lend(self, nbytes: int) -> memoryview:
         """Writable memory for the running code."""
         self.settle()

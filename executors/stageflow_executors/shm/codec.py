@@ -47,6 +47,10 @@ class Memory(Protocol):
         """(block, absolute start) if `buffer` already lies in shared memory that can be referred to."""
         ...
 
+    def copy(self, into: memoryview, data: Any) -> None:
+        """`into[:] = data`, both flat and of one size."""
+        ...
+
 
 class Reader(Protocol):
     """What decoding needs of shared memory. Every lease that `encoded` stands for is ended exactly once."""
@@ -131,7 +135,7 @@ def _laid(kind: int, data: Any, memory: Memory, threshold: int, *extra: Any) -> 
     if size < threshold:
         return Result([kind, bytes(data) if kind == BYTEARRAY else data, *extra], size, size, _NO_BLOCKS)
     block = memory.allocate(size)
-    block.view[:] = data
+    memory.copy(block.view, data)
     return Result([kind, [*block.key, block.off, size], *extra], size, 64, (block.key,))
 
 
@@ -157,7 +161,7 @@ def _buffer(data: memoryview, memory: Memory, threshold: int) -> tuple[Any, int,
         key, start = found
         return [*key, start, size], 32, (key,)
     block = memory.allocate(size)
-    block.view[:] = data
+    memory.copy(block.view, data)
     return [*block.key, block.off, size], 32, (block.key,)
 
 
@@ -294,7 +298,7 @@ def _laid_out_of_band(
             at = size
         for index, buffer in fresh:
             at = -(-at // _ALIGN) * _ALIGN
-            block.view[at : at + buffer.nbytes] = buffer
+            memory.copy(block.view[at : at + buffer.nbytes], buffer)
             refs[index] = [*block.key, block.off + at, buffer.nbytes]
             at += buffer.nbytes
     inline = (len(head) if type(head) is bytes else 32) + 32 * len(refs)
