@@ -9,7 +9,8 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
-from stageflow.contracts.nodes import Compiler, Misfit, type_text, unwrap
+from stageflow.contracts.annotations import type_text, unwrap
+from stageflow.contracts.nodes import Compiler, Misfit
 from stageflow.core.errors import ContractViolationError, DefinitionError
 
 _YIELDS: Final = frozenset(

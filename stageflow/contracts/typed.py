@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from stageflow.contracts.annotations import fields_of, is_record, type_text
 from stageflow.contracts.checker import Checker, compile_contract
-from stageflow.contracts.nodes import fields_of, is_record, type_text
 from stageflow.core.errors import ContractViolationError
 from stageflow.core.output import StageOutput
 

@@ -130,7 +130,7 @@ _SHOWN: Final = (
 
 def one_line(event: Event) -> str:
     """The event as one readable line, without values that could be long or secret."""
-    from stageflow.events.catalogue import as_text
+    from stageflow.events.encoding import as_text
 
     words = [event.type]
     if event.stage is not None:
@@ -156,7 +156,7 @@ class JsonlSink:
     def __init__(
         self, target: str | os.PathLike[str] | IO[bytes], *, append: bool = True, wants_items: bool = False
     ) -> None:
-        from stageflow.events.catalogue import encode_json
+        from stageflow.events.encoding import encode_json
         from stageflow.events.files import PieceWriter
 
         self._encode = encode_json

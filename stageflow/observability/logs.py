@@ -14,7 +14,7 @@ from typing import Any, Final, TextIO
 
 from stageflow.context.tracing import parse_traceparent, span_id_of, trace_id_of
 from stageflow.events import names
-from stageflow.events.catalogue import as_text, plain
+from stageflow.events.encoding import as_text, plain
 from stageflow.events.event import Event
 from stageflow.observability.wide import iso_time
 

@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 import msgspec
 
 from stageflow.events import names
-from stageflow.events.catalogue import as_text, plain
+from stageflow.events.encoding import as_text, plain
 from stageflow.events.event import Event
 from stageflow.events.files import PieceWriter
 from stageflow.events.merging import BlockMerger

@@ -22,7 +22,7 @@ import msgspec
 
 from stageflow.core.errors import DefinitionError
 from stageflow.events import names
-from stageflow.events.catalogue import as_text, plain
+from stageflow.events.encoding import as_text, plain
 from stageflow.events.event import Event
 from stageflow.report.fold import environment
 

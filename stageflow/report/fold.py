@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from stageflow.events import names
-from stageflow.events.catalogue import as_text
+from stageflow.events.encoding import as_text
 from stageflow.events.event import Event
 from stageflow.observability.attempts import RetriedAttempts
 from stageflow.observability.clock import ClockMap

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 import msgspec
 
 from stageflow.events import names
-from stageflow.events.catalogue import as_text
+from stageflow.events.encoding import as_text
 from stageflow.events.event import Event
 from stageflow.observability.stats import StageStats, StatsFold
 from stageflow.report.text import duration, item, number, rate, size

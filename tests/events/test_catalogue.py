@@ -9,7 +9,8 @@ import pytest
 
 import stageflow
 from stageflow.events import names
-from stageflow.events.catalogue import CATALOGUE, EventData, decode_json, encode_json, typed
+from stageflow.events.catalogue import CATALOGUE, EventData, typed
+from stageflow.events.encoding import decode_json, encode_json
 from stageflow.events.event import Event
 
 GOLDEN = Path(__file__).with_name("golden.jsonl")

@@ -13,7 +13,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from stageflow import DROP, Engine, PipelineBuilder, RetryConfig
-from stageflow.events.catalogue import CATALOGUE, decode_json, typed
+from stageflow.events.catalogue import CATALOGUE, typed
+from stageflow.events.encoding import decode_json
 from stageflow.events.event import Event
 from stageflow.events.sinks import CollectingSink, JsonlSink
 from stageflow.observability.otel import OtelSink
