@@ -19,11 +19,16 @@ from types import FrameType
 from typing import Any, TextIO
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 DEFAULT_LIMIT = 60.0
 HARD_EXIT_AFTER = 30.0
 # A raise may be swallowed by whatever code it lands in, so it is repeated until the phase ends.
 REPEAT = 2.0
+
+# How long an example takes says how busy the machine is; every test has a limit of its own.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 _real_stderr = pytest.StashKey[TextIO]()
 
