@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | quick | check | where | list | one`: see README.md of this folder."""
+"""`python -m benchmarks run | quick | check | scale | where | list | one`: see README.md of this folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.noise import LIMIT, stolen
 from benchmarks.peers import HERE, ROOT, machine
 from benchmarks.peers import apart as peers_apart
 from benchmarks.registry import SCENARIOS
-from benchmarks.scale import Scale, as_dict
+from benchmarks.scale import OWN_BELOW, Scale, as_dict
 from benchmarks.scale import measure as measure_scale
 
 README: Final = HERE / "README.md"
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--update", action="store_true", help="measure and write the baseline")
     check.add_argument("--no-instructions", action="store_true", help="leave valgrind out")
     check.add_argument("--counts-only", action="store_true", help="what noise cannot reach; leaves the ratios out")
+    scale = commands.add_parser("scale", help="the scheduler on machines on paper, with up to 10,000,000 items")
+    scale.add_argument("--scale", type=float, default=1.0, help="shrinks the streams")
+    scale.add_argument("--write-readme", action="store_true", help="put the tables into benchmarks/README.md")
     commands.add_parser("where", help="where the microseconds and byte codes of a stage go")
     commands.add_parser("list", help="names of the scenarios")
     one = commands.add_parser("one", help="one scenario in this process, as JSON (used by the others)")
@@ -72,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.command == "one":
         return _one(given)
+    if given.command == "scale":
+        return _scale(given)
     if given.command == "check":
         return _check(given)
     return _run(given, quick=given.command == "quick")
@@ -88,6 +93,16 @@ def _one(given: argparse.Namespace) -> int:
         print(data.decode())
     else:
         given.output.write_bytes(data)
+    return 0
+
+
+def _scale(given: argparse.Namespace) -> int:
+    if given.scale >= OWN_BELOW:
+        _prepare("wfcommons")
+    tables = report.scale_tables(measure_scale(given.scale))
+    print(tables)
+    if given.write_readme:
+        report.write_readme(README, {"scale": tables})
     return 0
 
 

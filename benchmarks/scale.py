@@ -16,6 +16,8 @@ from benchmarks.shapes import workflows
 from benchmarks.simulated import Simulation, layout_of, lower_bound, stream_layout
 
 CORES: Final = (64, 128, 256, 512, 1024)
+#: at a smaller scale the workflows are generated here and not by wfcommons
+OWN_BELOW: Final = 0.2
 
 
 class StreamRow(msgspec.Struct):
@@ -85,7 +87,7 @@ def measure(scale: float = 1.0) -> Scale:
     streams.append(_stream(CORES[-1], max(50_000, int(1_000_000 * scale)), service / 10))
     stages = max(2_000, int(50_000 * scale))
     tasks = [_tasks(cores, stages, 0.01) for cores in CORES]
-    source, found = workflows(max(200, int(1000 * scale)), own=scale < 0.2)
+    source, found = workflows(max(200, int(1000 * scale)), own=scale < OWN_BELOW)
     shapes = []
     for name, (deps, seconds) in found.items():
         for cores in (16, 64, 256):

@@ -55,3 +55,14 @@ def test_a_peer_that_is_not_installed_has_a_name():
 def test_the_page_has_every_section_that_the_command_writes():
     sections = re.findall(r"<!-- begin (\w+): ", README.read_text("utf-8"))
     assert sections == ["table", "where", "counts", "memory", "metg", "scale"]
+
+
+def test_the_simulation_alone_is_printed_and_written(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- begin scale: a command -->\nold\n<!-- end scale -->\nafter\n")
+    monkeypatch.setattr("benchmarks.__main__.README", page)
+    assert main(["scale", "--scale", "0.001", "--write-readme"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert "| 1,024 | 20,000 |" in printed
+    assert printed in page.read_text()
+    assert "old" not in page.read_text()
