@@ -54,6 +54,7 @@ def _first(scale: float) -> Iterator[Sides]:
     sides = Sides()
     sides.add("ours", timed(first_result("first_result_ours.py"), repeat=3))
     sides.add("ppe", timed(first_result("first_result_standard.py"), repeat=3))
+    sides.add("bare", timed(first_result("first_result_bare.py"), repeat=3))
     yield sides
 
 
@@ -118,6 +119,13 @@ SCENARIOS = (
                 over="ours",
                 under="ppe",
                 bar=1.2,
+            ),
+            Row(
+                id="C2",
+                what="asyncio, uvloop and msgspec here, msgspec there (limit)",
+                against="PPE forkserver",
+                over="bare",
+                under="ppe",
             ),
         ),
     ),
