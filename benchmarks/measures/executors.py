@@ -171,7 +171,10 @@ def _items(scale: float) -> Iterator[Sides]:
 
 @contextmanager
 def _tasks(scale: float) -> Iterator[Sides]:
-    """Tasks of 1 ms, and of 0.1 to 20 ms, against the best of several chunk sizes chosen by hand."""
+    """Tasks of 1 ms, and of 0.1 to 20 ms, against the best of several chunk sizes chosen by hand.
+
+    The limit is that pool with one chunk for each worker, of equal work: it needs to know beforehand what a task takes.
+    """
     speed = loops_per_second()
     equal = [int(speed * 0.001)] * max(200, int(2000 * scale))
     dice = random.Random(11)
@@ -191,19 +194,31 @@ def _tasks(scale: float) -> Iterator[Sides]:
             chunks = [tasks[at : at + chunk] for at in range(0, len(tasks), chunk)]
             assert sum(len(part) for part in standard.map(burn_many, chunks)) == len(tasks)
 
+        def dealt_out(shares: list[list[int]]) -> None:
+            assert len(list(standard.map(burn_many, shares))) == len(shares)
+
         for kind, tasks, sizes in (("equal", equal, (8, 32, 128)), ("mixed", mixed, (1, 4, 16))):
             sides.add(f"{kind} ours", timed(partial(ours, tasks)))
             for size in sizes:
                 call = timed(partial(by_hand, tasks, size))
                 sides.add(f"{kind} ppe{size}", call)
+            sides.add(f"{kind} limit", timed(partial(dealt_out, equal_shares(tasks, WORKERS))))
         yield sides
 
 
-def _best(kind: str, sizes: tuple[int, ...]) -> Any:
-    """Finished tasks per second of ours over the best chunk size of this round."""
+def equal_shares(tasks: list[int], count: int) -> list[list[int]]:
+    """The tasks dealt out so that every share is the same amount of work: the largest first, each to the smallest."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for task in sorted(tasks, reverse=True):
+        min(shares, key=sum).append(task)
+    return shares
+
+
+def _best(kind: str, sizes: tuple[int, ...], side: str = "ours") -> Any:
+    """Finished tasks per second of ours (or another side) over the best chunk size of this round."""
 
     def formula(values: Mapping[str, float]) -> float:
-        return min(values[f"{kind} ppe{size}"] for size in sizes) / values[f"{kind} ours"]
+        return min(values[f"{kind} ppe{size}"] for size in sizes) / values[f"{kind} {side}"]
 
     return formula
 
@@ -336,10 +351,24 @@ SCENARIOS = (
             ),
             Row(
                 id="T3",
+                what="2,000 tasks of 1 ms, dealt out by known length (limit)",
+                against="best hand-chunked PPE",
+                formula=_best("equal", (8, 32, 128), "limit"),
+                at_most=False,
+            ),
+            Row(
+                id="T3",
                 what="600 tasks of 0.1 to 20 ms, finished/s",
                 against="best hand-chunked PPE",
                 formula=_best("mixed", (1, 4, 16)),
                 bar=1.1,
+                at_most=False,
+            ),
+            Row(
+                id="T3",
+                what="600 tasks of 0.1 to 20 ms, dealt out by known length (limit)",
+                against="best hand-chunked PPE",
+                formula=_best("mixed", (1, 4, 16), "limit"),
                 at_most=False,
             ),
         ),

@@ -93,6 +93,7 @@ class ItemProgram(Program):
         indices = piece.indices()
         total = len(indices)
         simple = self._is_simple(len(columns))
+        brief = self.seconds == BRIEF_SECONDS
         position = 0
         group = 1
         perf = time.perf_counter
@@ -100,6 +101,7 @@ class ItemProgram(Program):
             part = Part(self, piece, position)
             part_started = perf()
             cpu_started = time.thread_time()
+            all_started = time.process_time() if brief else 0.0
             while position < total:
                 stop = min(total, position + group)
                 if simple:
@@ -119,7 +121,11 @@ class ItemProgram(Program):
                     break
                 if elapsed < REPORT_SECONDS / 4:
                     group = min(group * 8, self.group)
-            reply = part.reply(indices, position, perf() - part_started, time.thread_time() - cpu_started)
+            seconds = perf() - part_started
+            reply = part.reply(indices, position, seconds, time.thread_time() - cpu_started)
+            if brief:
+                outside = max(0.0, seconds - (time.process_time() - all_started))
+                reply.meta = msgspec.structs.replace(reply.meta, outside=outside)
             if position >= total:
                 return None, reply
             if port.cancelled() or perf() - started > self.seconds:

@@ -322,6 +322,7 @@ def merged(first: Reply, second: Reply) -> Reply:
         a.cpu_seconds + b.cpu_seconds,
         inner=None if a.inner is None or b.inner is None else tuple(map(_added, a.inner, b.inner)),
         flows=(*a.flows, *b.flows),
+        outside=-1.0 if min(a.outside, b.outside) < 0.0 else a.outside + b.outside,
     )
     if not first.has_value:
         return Reply(second.value, done, second.has_value)

@@ -119,6 +119,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     failed, seconds, CPU seconds) of each of its stages. `flows` (flat-map) has (index, values told of before) of items
     whose values leave in several parts; a part without ranges is of such an item, which has not ended yet. Its
     generator stands still behind a part that `asks`, until it is let go on.
+    `outside` (brief items of threads) has the seconds in which no thread of the process ran; -1: nobody looked.
     """
 
     ranges: tuple[tuple[int, int, Any], ...]
@@ -130,6 +131,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     inner: tuple[tuple[int, int, int, float, float], ...] | None = None
     flows: tuple[tuple[int, int], ...] = ()
     asks: bool = False
+    outside: float = -1.0
 
 
 def mask_of(indices: Any, lo: int, hi: int) -> int:

@@ -19,7 +19,15 @@ from stageflow.scheduler import signals as sig
 from stageflow.scheduler.backpressure import BLOCK_BYTES, View, strictest, unseen_bytes
 from stageflow.scheduler.books import Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
-from stageflow.scheduler.ranges import NOTHING, first_of, ranges_without, submask, values_of, without_stopped
+from stageflow.scheduler.ranges import (
+    NOTHING,
+    first_of,
+    own_seconds,
+    ranges_without,
+    submask,
+    values_of,
+    without_stopped,
+)
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Chunk, Segment, Stream
 
@@ -316,7 +324,7 @@ class BlockRules:
         stream.ok += items
         stream.dropped += dropped
         stream.failed += failed
-        stream.measure(items + dropped + failed, done.seconds, signal.nbytes)
+        stream.measure(items + dropped + failed, own_seconds(done), signal.nbytes)
         data = {"lo": done.ranges[0][0], "hi": done.ranges[-1][1], "ok": items, "dropped": dropped, "failed": failed,
                 "seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "bytes_in": signal.bytes_in,
                 "bytes_out": signal.nbytes, "worker_pid": signal.worker_pid,

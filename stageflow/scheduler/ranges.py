@@ -83,6 +83,11 @@ def values_of(done: Done) -> int:
     return sum(hi - lo if mask < 0 else mask.bit_count() for lo, hi, mask in done.ranges)
 
 
+def own_seconds(done: Done) -> float:
+    """Seconds that the items of a part took, without those in which a thread waited for others of its process."""
+    return done.seconds if done.outside < 0.0 else min(done.seconds, done.cpu_seconds + done.outside)
+
+
 def submask(lo: int, mask: int, start: int, stop: int) -> int:
     if mask < 0:
         return -1

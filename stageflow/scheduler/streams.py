@@ -23,9 +23,9 @@ AMPLE_SECONDS: Final = 0.04
 #: the same in the lanes of the parent itself, where a block keeps others from the loop or the interpreter
 NEAR_SECONDS: Final = 0.02
 #: as much of what blocks on something outside: a thread for each item gains nothing where starting it takes as long
-BRIEF_SECONDS: Final = 0.0005
+BRIEF_SECONDS: Final = 0.001
 SMOOTHING: Final = 0.3
-#: what blocks outside waits for the interpreter as well: one late answer says little, several in a row say it is slow
+#: one late answer says little of what blocks outside, several in a row say that it is slow: most that one may add
 DOUBT: Final = 0.5
 
 

@@ -10,7 +10,8 @@ import pytest
 from stageflow import Engine, PipelineBuilder
 from stageflow.context.attempt import CallPlan
 from stageflow.context.items import BRIEF_GROUP, ItemProgram
-from stageflow.context.pieces import Piece
+from stageflow.context.pieces import Done, Piece
+from stageflow.scheduler.ranges import own_seconds
 from stageflow.scheduler.streams import Stream
 
 
@@ -117,11 +118,37 @@ async def test_on_the_loop_too():
     assert 11 <= hi <= 25, "40 ms of items that take 3 ms"
 
 
+def part_of(function, *, brief=True):
+    steps = program(function, brief=brief)(Port(), Head(), None, (Piece(0, 1, -1, ((0, 0),)),), [0])
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    return end.value.value.meta
+
+
+def test_a_thread_that_waited_for_its_neighbours_is_told_from_one_that_waited_outside():
+    def compute(x):
+        until = time.thread_time() + 0.005
+        while time.thread_time() < until:
+            pass
+
+    def wait(x):
+        time.sleep(0.02)
+
+    computed, waited = part_of(compute), part_of(wait)
+    assert computed.seconds - computed.outside > 0.0049, "while it computed, the process ran"
+    assert waited.outside > 0.01
+    assert part_of(wait, brief=False).outside == -1.0
+    assert own_seconds(computed) >= 0.0049
+    assert own_seconds(waited) > 0.01
+    assert own_seconds(Done((), seconds=0.5, cpu_seconds=0.001, outside=0.002)) == pytest.approx(0.003)
+    assert own_seconds(Done((), seconds=0.5, cpu_seconds=0.001)) == 0.5
+
+
 def brief_stream():
     stream = Stream(0)
     stream.can_block = stream.brief = True
     stream.measure(16, 16 * 30e-6, 0)
-    assert stream.block_size(32, 512) == 16
+    assert stream.block_size(32, 512) == 33
     return stream
 
 
