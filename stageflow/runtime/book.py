@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from stageflow.core.errors import InvariantError
+from stageflow.core.errors import InvariantError, NotShippableError
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.pipeline.graph import StageGraph
@@ -74,12 +74,21 @@ class Book:
     # ------------------------------------------------------------ reading
 
     def value(self, stage: int) -> Any:
-        """The plain value of a stage that succeeded; decoded once."""
+        """The plain value of a stage that succeeded; decoded once. Raises NotShippableError where that fails."""
         if self.graph.streams[stage]:
             return self.sequence(stage)
         value = self.values[stage]
         if self.encoded[stage]:
-            value = value.load()
+            try:
+                value = value.load()
+            except Exception as error:
+                name = self.graph.specs[stage].name
+                raise NotShippableError(
+                    f"the value of stage {name!r} came from a worker and cannot be read in this process: "
+                    f"{type(error).__name__}: {error}",
+                    hint="see to it that what its class pickles as can be loaded anywhere, or run it on threads",
+                    path=name,
+                ) from error
             self.shared.setdefault(stage, self.values[stage])
             self.values[stage] = value
             self.encoded[stage] = 0

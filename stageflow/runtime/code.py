@@ -138,6 +138,7 @@ class GraphCode:
         "hinted",
         "lanes",
         "layout",
+        "movable",
         "needed",
         "nested",
         "routes",
@@ -171,8 +172,14 @@ class GraphCode:
         self._regions: dict[int, StageCode] = {}
         #: stages whose items have paths of more than one number
         self.nested = nested_stages(graph, self.layout.elements)
+        #: stages whose lane nobody but the table has chosen: an attempt may be placed elsewhere
+        self.movable = frozenset(
+            i
+            for i, (spec, chosen) in enumerate(zip(graph.specs, self.lanes, strict=True))
+            if chosen == "process" and lane is None and spec.policies.executor is None and spec.kind not in placement
+        )
         #: lanes that have to be open before a run
-        self.needed = tuple(dict.fromkeys(self.lanes))
+        self.needed = tuple(dict.fromkeys((*self.lanes, "thread") if self.movable else self.lanes))
         self._codes: dict[int, StageCode] = {}
         #: what `direct` found for each stage; self: not looked at yet
         self.directs: list[Any] = [self] * len(graph.specs)

@@ -25,6 +25,7 @@ from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.failing import FailingBlocks
 from stageflow.runtime.feeding import Feeding
 from stageflow.runtime.job import Job
+from stageflow.runtime.moving import Moving
 from stageflow.runtime.outcomes import Outcomes
 from stageflow.runtime.paths import of_block
 from stageflow.runtime.relay import Relay
@@ -42,7 +43,7 @@ MOST_ROUNDS: Final = 64  # turns of signals and actions before the loop gets its
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
-class Driver(Starting, Outcomes, Feeding, Telling):
+class Driver(Starting, Outcomes, Moving, Feeding, Telling):
     """Performs what the machine decides."""
 
     def __init__(
@@ -391,6 +392,7 @@ class Driver(Starting, Outcomes, Feeding, Telling):
         running = self.running.get(action.task)
         if running is None:
             return
+        running.asked = True
         if action.timeout is not None:
             running.timeout = action.timeout
         if action.item >= 0:

@@ -56,6 +56,7 @@ class Job:
         "index",
         "inputs_wire",
         "listening",
+        "moved",
         "owns_sinks",
         "parent",
         "parent_run_id",
@@ -121,6 +122,7 @@ class Job:
         self.abandoned: list[Abandoned] = []
         self.pumps: dict[int, Any] = {}
         self.switching = 0.0  # the interval of thread switches that this run asked for
+        self.moved: set[int] = set()  # stages of which something ran on a thread because it could not be sent
         self.survivors: dict[int, dict[int, tuple[bytes, str | None]]] = {}
         self.snapshot_wire: Any = None
         self.inputs_wire: dict[Any, Any] = {}  # inputs encoded once for several process calls

@@ -93,6 +93,8 @@ class Outcomes(DriverCounters):
         running = self.running.pop(outcome.call_id, None)
         if running is None:
             return
+        if outcome.kind is not _OK and self._moved(running, outcome):
+            return
         try:
             job, action, value = running.job, running.action, outcome.value
             code, kind, stage = job.code, type(value), action.stage
@@ -363,6 +365,8 @@ class Outcomes(DriverCounters):
         )
         if outcome.final:
             del self.running[outcome.call_id]
+            if outcome.kind is not _OK and self._moved(running, outcome):
+                return
         meta = outcome.meta
         if outcome.kind == OutcomeKind.OK and meta is not None:
             meta = part.done = _done(meta)
@@ -468,6 +472,8 @@ class Outcomes(DriverCounters):
             return
         running = self.running.pop(outcome.call_id, None)
         if running is None:
+            return
+        if outcome.kind is not _OK and self._moved(running, outcome):
             return
         job, action = running.job, running.action
         ended = sig.AttemptEnded(

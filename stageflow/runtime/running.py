@@ -30,6 +30,7 @@ class Running(msgspec.Struct, eq=False, gc=False):
     timeout: float | None = None  # the limit that was used up
     at: float = 0.0  # where the parts of a block that came back end
     children: set[int] | None = None  # runs it has started
+    asked: bool = False  # to stop
 
 
 class DriverCounters:

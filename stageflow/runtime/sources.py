@@ -318,7 +318,7 @@ class TaskSource:
                     break
         except asyncio.CancelledError:
             pass
-        except Exception as raised:
+        except BaseException as raised:  # a task that raised a SystemExit would end the loop
             error = raised
         finally:
             try:
@@ -404,7 +404,7 @@ class InlineSource:
                 if nbytes and weight >= nbytes:
                     break
             more = len(items) == count or bool(nbytes and weight >= nbytes)
-        except Exception as raised:
+        except BaseException as raised:  # a SystemExit of the source is its failure, not the scheduler's
             error, more = raised, False
         if items:
             self._arrived(items, weight, time.perf_counter() - started, bool(nbytes and weight >= nbytes))

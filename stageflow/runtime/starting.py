@@ -146,10 +146,11 @@ class Starting(DriverCounters):
             wire = job.snapshot_wire = executor.encode(job.snapshot)
         return wire
 
-    def _start_attempt(self: Driver, action: act.StartAttempt) -> None:
+    def _start_attempt(self: Driver, action: act.StartAttempt, told: bool = False) -> None:
+        """`told`: the sinks have heard of its start."""
         job = self.jobs[action.run]
         lane, stage = action.lane, action.stage
-        if job.listening:
+        if job.listening and not told:
             self._started(job, job.graph.specs[stage].name, action.attempt, lane)
         executor = self.executors.get(lane) or self.executor(lane)
         self.running[action.task] = running = Running(job, action, executor, self._now)

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from stageflow import Engine, LaneClosedError, PipelineBuilder
+from stageflow import Engine, LaneClosedError, NotShippableError, PipelineBuilder
 from stageflow.testing.sinks import RecordingSink
 
 LANES = ("async", "thread", "process", "inline")
@@ -187,3 +187,67 @@ def test_a_closed_engine_says_so_and_nothing_else():
     with pytest.raises(LaneClosedError, match="the engine is closed"):
         closed.run(graph)
     gc.collect()
+
+
+@pytest.mark.parametrize("lane", ["async", "thread", "inline"])
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit])
+def test_whatever_a_source_raises_is_its_own_failure(engine, lane, error):
+    def source():
+        yield 1
+        raise error("the source")
+
+    async def waiting():
+        yield 1
+        raise error("the source")
+
+    graph = PipelineBuilder("p").stage("s", waiting if lane == "async" else source, executor=lane)
+    result = engine.run(graph.map("m", lambda one: one, "s", executor=lane).build())
+    assert (result.status, result.outputs["s"].error_info.type) == ("failed", error.__name__)
+
+
+class ReadNowhere:
+    def __reduce__(self):
+        return _unreadable, ()
+
+
+def _unreadable():
+    raise RuntimeError("not to be read")
+
+
+def test_a_value_that_cannot_be_read_is_named(engine):
+    graph = PipelineBuilder("p").stage("made", lambda: ReadNowhere(), executor="process").build()
+    with pytest.raises(NotShippableError, match=r"the value of stage 'made' .* RuntimeError: not to be read"):
+        engine.run(graph).data("made")
+
+
+def kind_of(thing):
+    return type(thing).__name__
+
+
+def things(amount):
+    return [threading.Lock() if place % 3 == 1 else place for place in range(amount)]
+
+
+def test_what_cannot_be_sent_runs_on_a_thread_where_nobody_chose_the_lane(engine, caplog):
+    sink = RecordingSink()
+    graph = PipelineBuilder("p").stage("one", kind_of, kind="transform", inputs={"thing": "lock"})
+    graph = graph.stage("things", things).map("m", kind_of, "things").map("again", lambda m: m, "m")
+    graph = graph.reduce("count", lambda total, one: total + 1, "things", initial=0)
+    inputs = {"lock": threading.Lock(), "amount": 5}
+    with caplog.at_level("WARNING", "stageflow"):
+        result = engine.run(graph.build(), inputs, event_sinks=[sink])
+    assert result.data("one") == "lock"
+    assert list(result.data("again")) == ["int", "lock", "int", "int", "lock"]
+    assert result.data("count") == 5
+    placed = sink.of("stage.placed")
+    assert {(event.stage, event.lane) for event in placed} == {("one", "thread"), ("m", "thread"), ("count", "thread")}
+    assert all("lock" in event.data["reason"] for event in placed)
+    assert len([record for record in caplog.records if "on a thread" in record.getMessage()]) == 3
+
+
+def test_what_cannot_be_sent_fails_where_the_author_chose_the_lane(engine):
+    graph = PipelineBuilder("p").stage("one", kind_of, executor="process").build()
+    assert "cannot cross" in engine.run(graph, {"thing": threading.Lock()}).outputs["one"].error
+    with Engine(processes=1, placement={"transform": "process"}) as operated:
+        graph = PipelineBuilder("p").stage("one", kind_of, kind="transform").build()
+        assert "cannot cross" in operated.run(graph, {"thing": threading.Lock()}).outputs["one"].error

@@ -1,0 +1,61 @@
+"""Gives an attempt to the thread lane when what it is called with cannot be sent to a worker."""
+
+# mypy: disable-error-code="misc"
+# The driver is spread over modules by subject; each method names Driver as its self.
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from stageflow.core.errors import NotShippableError
+from stageflow.core.executor import Outcome, OutcomeKind
+from stageflow.events import names
+from stageflow.runtime.running import DriverCounters, Running
+from stageflow.scheduler import actions as act
+
+if TYPE_CHECKING:
+    from stageflow.runtime.driver import Driver
+
+_log = logging.getLogger("stageflow")
+
+
+class Moving(DriverCounters):
+    """Gives an attempt to the thread lane when what it is called with cannot be sent to a worker."""
+
+    def _moved(self: Driver, running: Running, outcome: Outcome) -> bool:
+        """Start the call of `outcome` again on a thread, if nothing of it has run and nobody but the placement table
+        chose the process lane for it. Of a block only the last item is moved: it is narrowed down to the one at fault.
+        """
+        job, action = running.job, running.action
+        if outcome.started or action.lane != "process" or running.claim is not None or running.asked:
+            return False
+        refused = outcome.kind == OutcomeKind.REFUSED or isinstance(outcome.exception, NotShippableError)
+        if not refused or action.stage not in job.code.movable or job.broken is not None:
+            return False
+        block = type(action) is act.StartBlock
+        if block and sum(_count(segment) for segment in action.segments) > 1:
+            return False
+        name = job.graph.specs[action.stage].name
+        reason = outcome.error.message if outcome.error is not None else "it cannot be sent"
+        action = msgspec.structs.replace(action, lane="thread")
+        if job.listening:
+            data = {"lane": "thread", "reason": reason}
+            self._event(names.STAGE_PLACED, job, name, None, action.attempt, "thread", data)
+        if action.stage not in job.moved:
+            job.moved.add(action.stage)
+            _log.warning("stage %r runs on a thread what cannot be sent to a worker: %s", name, reason)
+        if block:
+            self._start_block(action)
+        elif type(action) is act.StartFold:
+            self._start_fold(action)
+        else:
+            self._start_attempt(action, told=True)
+        return True
+
+
+def _count(segment: tuple[int, int, int, object]) -> int:
+    lo, hi, mask, _ = segment
+    return hi - lo if mask < 0 else mask.bit_count()
