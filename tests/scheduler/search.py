@@ -33,7 +33,7 @@ ORDERS = 12  # of one pipeline: building it takes as long as running it three ti
 AUDITS = 0.05
 #: in each the outcome is known, but for what was stopped
 CIRCUMSTANCES: tuple[dict[str, float], ...] = ({}, {}, {"cancel": 0.03}, {"stops": 0.05})
-HANG = 20  # seconds after which one simulation is a machine that does not come back
+HANG = 20  # CPU seconds after which one pipeline is a machine that does not come back
 
 
 class NeverBackError(AssertionError):
@@ -41,8 +41,8 @@ class NeverBackError(AssertionError):
 
 
 def expired(signum: int, frame: Any) -> None:
-    """What SIGALRM does."""
-    raise NeverBackError(f"still running after {HANG} s")
+    """What SIGPROF does."""
+    raise NeverBackError(f"still running after {HANG} s of CPU time")
 
 
 def circumstances(dice: random.Random, children: tuple[Plan, ...]) -> dict[str, Any]:
@@ -84,19 +84,19 @@ def explore(seed: int, *, orders: int = ORDERS, audits: float = AUDITS, logs: Pa
 
 def search(number: int, processes: int, first: int, seconds: float, logs: Path, results: Any) -> None:
     """What one process does: every `processes`-th seed until the time is up."""
-    signal.signal(signal.SIGALRM, expired)
+    signal.signal(signal.SIGPROF, expired)
     until, seed = time.monotonic() + seconds, first + number
     steps = pipelines = 0
     found: list[str] = []
     while time.monotonic() < until and len(found) < 10:
-        signal.alarm(HANG)
+        signal.setitimer(signal.ITIMER_PROF, HANG)
         try:
             steps += explore(seed, logs=logs)
             pipelines += 1
         except Exception:
             found.append(f"seed {seed}:\n{traceback.format_exc(limit=-3)}")
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         seed += processes
     results.put((pipelines, steps, time.process_time(), found))
 
