@@ -38,16 +38,12 @@ class MissingPeerError(Exception):
     """A peer is not installed, or does not work here. Its text is shown in the table."""
 
 
-class BrokenSideError(Exception):
-    """A side gave a wrong result: there is nothing to compare."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table: `over / under` of the values of two sides, or any formula over the sides of a round.
 
     `bar` with `at_most` says how the ratio is judged; None shows it only. `needs` names the sides without which the
-    row is skipped. `absolute` marks a number that is no ratio (bytes per stage) and is shown with its unit.
+    row is skipped. A number that is no ratio (bytes per stage) has a `unit`.
     """
 
     id: str
@@ -65,11 +61,6 @@ class Row:
     def key(self) -> str:
         """Names the row in JSON and in the baseline."""
         return f"{self.id} {self.what} / {self.against}"
-
-    @property
-    def absolute(self) -> bool:
-        """True for a number that is no ratio."""
-        return bool(self.unit)
 
     def ratio(self, values: Mapping[str, float]) -> float:
         """The row's number in one round. KeyError when a side is missing."""

@@ -534,7 +534,7 @@ def _pass_on(call_id: int, kind: str, data: Any) -> None:
 
         logger = logging.getLogger(data["logger"])
         if logger.isEnabledFor(data["level"]):
-            text = data["message"] + (f"\n{data['exc']}" if data.get("exc") else "")
+            text = data["message"] + (f"\n{data['exc_text']}" if data.get("exc_text") else "")
             logger.handle(logger.makeRecord(logger.name, data["level"], "", 0, text, (), None))
 
 

@@ -18,7 +18,7 @@ import msgspec
 from stageflow.core.errors import StageCancelledError
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, OutcomeKind, Reply, Shipped
 from stageflow.core.failure import capture
-from stageflow.core.worker import both_stops, stops_item
+from stageflow.core.worker import UnderWay, both_stops, stops_item
 
 _OK = OutcomeKind.OK
 process_id = os.getpid()
@@ -93,6 +93,9 @@ class LocalPort(msgspec.Struct, eq=False):
     def buffer(self, nbytes: int) -> memoryview:
         """Plain memory: in this process every consumer sees the same object anyway."""
         return memoryview(bytearray(nbytes))
+
+    def items(self, current: Callable[[], UnderWay]) -> None:
+        """Nothing is taken in: what a stage prints here comes out by itself."""
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call back when the call is asked to stop; at once if it was."""

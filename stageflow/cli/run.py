@@ -14,9 +14,9 @@ from stageflow.cli.lines import WholeLines, closing_lines
 from stageflow.cli.loading import load_graph
 from stageflow.cli.options import as_config, engine_options, run_options, target_argument
 from stageflow.cli.show import as_data, print_result, stopped
-from stageflow.cli.views import Views, view_options
 from stageflow.report.failed import FailedInput
 from stageflow.report.terminal import CpuMeter
+from stageflow.report.views import Views, view_options
 
 
 @click.command(

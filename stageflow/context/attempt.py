@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from stageflow.context.cleanup import CleanupReport
     from stageflow.context.inside import Inside
+    from stageflow.context.owning import Owning
     from stageflow.core.worker import WorkerPort
 
 _local = threading.local()
@@ -217,12 +218,12 @@ class Program:
         "is_async",
         "kind",
         "name",
+        "own",
         "plan",
         "resource_scope",
         "resources",
         "returns",
         "runner",
-        "writable",
     )
 
     def __init__(
@@ -241,6 +242,7 @@ class Program:
         resource_scope: int = 0,
         grace: float = 5.0,
         inside: Inside | None = None,
+        own: Owning | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -255,6 +257,7 @@ class Program:
         self.resources = dict(resources or {})
         self.resource_scope = resource_scope
         self.inside = inside  #: interceptors that asked to be called here; then there is a context
+        self.own = own  #: inputs that it may change; None: none
         self.grace = grace  #: seconds for the cleanups of an attempt
         self._awaits = False  # what it calls has returned a coroutine without being a coroutine function
         self._bound: Callable[..., Any] | None = None
@@ -324,6 +327,10 @@ class Program:
     def __call__(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> Any:
         """One attempt in a thread or process; a coroutine stage runs on a loop here."""
         plan = self.plan
+        if self.own is not None:
+            crossed = port.lane == "process"
+            snapshot = snapshot if crossed else self.own.snapshot(snapshot)
+            values = self.own.values(values, crossed=crossed)
         if not plan.wants_ctx:
             args, kwargs = plan.arguments(values, None, None)
             result = (self._bound or self.target())(*args, **kwargs)
@@ -348,6 +355,8 @@ class Program:
     async def run_async(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> Any:
         """One attempt on the caller's loop. A synchronous runner is called inline."""
         plan = self.plan
+        if self.own is not None:
+            snapshot, values = self.own.snapshot(snapshot), self.own.values(values)
         if not plan.wants_ctx:
             args, kwargs = plan.arguments(values, None, None)
             result = self.target()(*args, **kwargs)
@@ -368,6 +377,8 @@ class Program:
 
     def iterate(self, port: WorkerPort, header: Header, snapshot: Any, *values: Any) -> tuple[Any, StageContext | None]:
         """Start a source: its iterator or async iterator, and the context to finish when it ends."""
+        if self.own is not None:
+            snapshot, values = self.own.snapshot(snapshot), self.own.values(values)
         ctx = self.context(port, header, snapshot, values) if self.plan.wants_ctx else None
         args, kwargs = self.plan.arguments(values, ctx, None)
         items = self.target()(*args, **kwargs)
@@ -504,7 +515,7 @@ def _cleaned(ctx: StageContext, report: CleanupReport) -> None:
     for failure in report.failed:
         text = failure.message if failure.error is None else f"{failure.error.type}: {failure.error.message}"
         data = {"cleanup": failure.name, "error": text}
-        ctx._port.note("event", {"type": "stage.cleanup_failed", "data": data, "item": ctx.item})
+        ctx._port.note("event", ctx._said("stage.cleanup_failed", data))
     ctx._port.note("deferred", len(report.completed) + len(report.failed))
 
 

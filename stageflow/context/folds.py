@@ -9,6 +9,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stageflow.context.attempt import Header, Program, awaited, finish_context, finish_context_async, run_coroutine
+from stageflow.context.owning import private
 from stageflow.context.pieces import Done, Piece
 from stageflow.context.stage_context import StageContext
 from stageflow.core.errors import InvariantError
@@ -33,12 +35,19 @@ def pairs(level: list[Any]) -> list[tuple[Any, Any]]:
 class ReduceProgram(Program):
     """A reduce stage: folds blocks of items, and merges accumulators."""
 
-    __slots__ = ("combine", "has_initial", "initial")
+    __slots__ = ("combine", "has_initial", "initial", "repeats")
 
     def __init__(
-        self, *, combine: Callable[[Any, Any], Any] | None, initial: Any, has_initial: bool, **rest: Any
+        self,
+        *,
+        combine: Callable[[Any, Any], Any] | None,
+        initial: Any,
+        has_initial: bool,
+        repeats: bool = False,
+        **rest: Any,
     ) -> None:
         super().__init__(**rest)
+        self.repeats = repeats  #: a fold may be run again: then it does not change what the next try begins with
         self.combine = combine
         self.initial = initial
         self.has_initial = has_initial
@@ -49,7 +58,7 @@ class ReduceProgram(Program):
         started, cpu_started = time.perf_counter(), time.thread_time()
         if job == "merge":
             merge = self.merger()
-            level = list(args)
+            level = [self._kept(one, port) for one in args]
             while len(level) > 1:
                 level = [
                     a if b is msgspec.UNSET else b if a is msgspec.UNSET else self._settle(merge(a, b), port)
@@ -79,7 +88,7 @@ class ReduceProgram(Program):
         started = time.perf_counter()
         if job == "merge":
             merge = self.merger()
-            level = list(args)
+            level = [self._kept(one, port) for one in args]
             while len(level) > 1:
                 merged = []
                 for a, b in pairs(level):
@@ -128,6 +137,10 @@ class ReduceProgram(Program):
         """The first accumulator, the items that are left, the further arguments, and the context."""
         slots = len(self.plan.slots)
         commons = args[:slots]
+        own, crossed = self.own, port.lane == "process"
+        if own is not None:
+            snapshot = snapshot if crossed else own.snapshot(snapshot)
+            commons = own.values(commons, crossed=crossed)
         ctx = self.context(port, header, snapshot, commons) if self.plan.wants_ctx else None
         extra: dict[str, Any] = {}
         for name, kind, slot in self.plan.keywords:
@@ -138,9 +151,15 @@ class ReduceProgram(Program):
             elif kind == "nullable":
                 extra[name] = None
         parsed = [piece if type(piece) is Piece else Piece(*piece) for piece in pieces]
-        items = chain.from_iterable(piece.column(0, args) for piece in parsed)
+        items: Iterator[Any] = chain.from_iterable(piece.column(0, args) for piece in parsed)
+        if own is not None and own.elements:
+            items = map(partial(own.element, crossed=crossed), items)
         if job == "continue":
-            return args[slots], items, extra, ctx
+            return self._kept(args[slots], port), items, extra, ctx
         if self.has_initial:
             return copy.deepcopy(self.initial), items, extra, ctx
-        return next(items), items, extra, ctx
+        return private(next(items)), items, extra, ctx  # what a fold begins with it may change in place
+
+    def _kept(self, accumulator: Any, port: WorkerPort) -> Any:
+        """An accumulator that may be changed in place: it belongs to its fold."""
+        return copy.deepcopy(accumulator) if self.repeats and port.lane != "process" else accumulator

@@ -99,6 +99,7 @@ class ItemProgram(Program):
         perf = time.perf_counter
         while True:
             part = Part(self, piece, position)
+            port.items(part.under_way)
             part_started = perf()
             cpu_started = time.thread_time()
             all_started = time.process_time() if brief else 0.0
@@ -184,6 +185,7 @@ class ItemProgram(Program):
             and not self.is_async
             and not self.flat
             and not self._awaits
+            and self.own is None
         )
 
     def makes_coroutines(self) -> None:
@@ -202,6 +204,8 @@ class ItemProgram(Program):
     ) -> tuple[Any, StageContext | None]:
         """One call of the runner; a flat runner's items come back as a list, or Flowing if they are too many."""
         plan = self.plan
+        if self.own is not None:
+            snapshot, commons, element = self._owned(port, snapshot, commons, element)
         ctx = self.context(port, header, snapshot, commons, path) if plan.wants_ctx else None
         args, kwargs = self._arguments(commons, ctx, element)
         try:
@@ -223,6 +227,17 @@ class ItemProgram(Program):
             raise
         finish_context(ctx)
         return result, ctx
+
+    def _owned(
+        self, port: WorkerPort, snapshot: Any, commons: tuple[Any, ...], element: Sequence[Any]
+    ) -> tuple[Any, tuple[Any, ...], Sequence[Any]]:
+        """The inputs of one item, with copies of what is the stage's own. Commons are read by the items beside it
+        too, so a copy that has crossed is not enough for them."""
+        own = self.own
+        assert own is not None
+        crossed = port.lane == "process"
+        snapshot = snapshot if crossed else own.snapshot(snapshot)
+        return snapshot, own.values(commons), [own.element(one, crossed=crossed) for one in element]
 
     def _arguments(
         self, commons: tuple[Any, ...], ctx: Any, element: Sequence[Any]
@@ -257,6 +272,7 @@ class ItemProgram(Program):
         """Hand the function one list of all items of the block; it returns as many, or (a generator) any number."""
         commons = args[: len(self.plan.slots)]
         columns, indices, paths = batch_of(pieces, args)
+        port.items(lambda: (self.name, paths[0] if paths else None))  # as `ctx.item` has it
         started, cpu_started = time.perf_counter(), time.thread_time()
         result, _ = self.call_item(port, header, snapshot, commons, columns, paths[0] if paths else None)
         seconds, cpu = time.perf_counter() - started, time.thread_time() - cpu_started
@@ -447,6 +463,8 @@ class ItemProgram(Program):
         path: tuple[int, ...] | None,
         skip: int = 0,
     ) -> tuple[Any, StageContext | None]:
+        if self.own is not None:
+            snapshot, commons, element = self._owned(port, snapshot, commons, element)
         ctx = self.context(port, header, snapshot, commons, path) if self.plan.wants_ctx else None
         args, kwargs = self._arguments(commons, ctx, element)
         try:

@@ -23,7 +23,7 @@ from stageflow.core.executor import Reply
 from stageflow.core.failure import capture
 from stageflow.core.kinds import DROP, Drop, StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
-from stageflow.core.worker import stop_of
+from stageflow.core.worker import UnderWay, stop_of
 
 if TYPE_CHECKING:
     from stageflow.context.flowing import Flowing
@@ -38,7 +38,7 @@ class ItemPort:
     """The port of one item of a block: a stop that is meant for another item does not reach it. `index` is the item
     under way."""
 
-    __slots__ = ("buffer", "index", "lane", "note", "port", "progress", "stand", "tell", "worker_pid")
+    __slots__ = ("buffer", "index", "items", "lane", "note", "port", "progress", "stand", "tell", "worker_pid")
 
     def __init__(self, port: WorkerPort) -> None:
         self.port = port
@@ -50,6 +50,7 @@ class ItemPort:
         self.buffer = port.buffer
         self.stand = getattr(port, "stand", None)
         self.tell = getattr(port, "tell", None)
+        self.items = port.items
 
     def cancelled(self) -> bool:
         """True once this item was asked to stop."""
@@ -77,8 +78,8 @@ class Part:
     the first of its piece, though none of the piece's items is in an earlier one.
     """
 
-    __slots__ = ("begun", "counts", "failures", "first", "flowing", "flows", "piece", "program", "survivors", "values",
-                 "whole")  # fmt: skip
+    __slots__ = ("_at", "_done", "_indices", "begun", "counts", "failures", "first", "flowing", "flows", "piece",
+                 "program", "survivors", "values", "whole")  # fmt: skip
 
     def __init__(self, program: ItemProgram, piece: Piece, first: int) -> None:
         self.program = program
@@ -92,6 +93,16 @@ class Part:
         self.failures: list[ItemFailure] = []
         self.counts: list[int] = []
         self.whole = True
+        # the item under way is at place `_at` of `_indices`, and as many further as `_done` has results
+        self._at = first
+        self._done: Sequence[Any] = ()
+        self._indices: Sequence[int] = ()
+
+    def under_way(self) -> UnderWay:
+        """The stage, and the index path of the item that runs now."""
+        indices = self._indices
+        place = min(self._at + len(self._done), len(indices) - 1)
+        return self.program.name, None if place < 0 else self.piece.path(place, int(indices[place]))
 
     def run_simple(
         self,
@@ -105,8 +116,10 @@ class Part:
     ) -> int:
         """Call `function` on items [position, stop) with the loop in C; returns where it stopped."""
         values: list[Any] = []
+        self._indices = indices
         while position < stop:
             before = len(values)
+            self._at, self._done = position, values
             try:
                 values.extend(map(function, islice(column, position, stop)))
             except Exception as error:
@@ -171,7 +184,9 @@ class Part:
         is to be reported; returns where it stopped."""
         program = self.program
         own = ItemPort(port)
+        self._indices, self._done = indices, ()
         while position < stop:
+            self._at = position
             index = own.index = indices[position]
             path = self.piece.path(position, index)
             try:

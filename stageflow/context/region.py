@@ -113,6 +113,7 @@ class _RegionPart:
         head = self.region.members[0]
         started, cpu = time.perf_counter(), time.thread_time()
         part = Part(head, self.piece, position)
+        port.items(part.under_way)
         with self.region.scope(0, port, header):
             if head._is_simple(len(columns)):
                 reached = part.run_simple(head.target(), columns[0], self.indices, position, stop, header, port)
@@ -128,6 +129,7 @@ class _RegionPart:
                 break
             piece = self._between(survivors)
             part = Part(program, piece, 0)
+            port.items(part.under_way)
             count, at = len(survivors), 0
             with self.region.scope(number, port, header):
                 if program._is_simple(1):

@@ -7,7 +7,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.context.cancellation import CancellationToken
 from stageflow.context.inputs import StageInputs
@@ -19,6 +19,9 @@ from stageflow.core.output import StageArtifact
 if TYPE_CHECKING:
     from stageflow.context.cleanup import CleanupRegistry
     from stageflow.core.worker import WorkerPort
+
+#: seconds between two notes of progress of an attempt
+NOTE_SECONDS: Final = 0.2
 
 
 class StageContext:
@@ -35,6 +38,7 @@ class StageContext:
         "_cleanup",
         "_extras",
         "_inputs",
+        "_noted",
         "_port",
         "_program",
         "_snapshot",
@@ -63,6 +67,7 @@ class StageContext:
         self.run_id: str = run_id
         self.attempt: int = attempt
         self.item = item
+        self._noted = 0.0  # the second from which a note of progress is told again
         self.stage_name: str = program.name
         self._snapshot = snapshot
         self._inputs = inputs
@@ -131,10 +136,11 @@ class StageContext:
         return logging.LoggerAdapter(
             logging.getLogger(f"stageflow.stage.{self.stage_name}"),
             {
-                "stageflow_run_id": self.run_id,
-                "stageflow_stage": self.stage_name,
-                "stageflow_item": self.item,
-                "stageflow_attempt": self.attempt,
+                "run_id": self.run_id,
+                "stage": self.stage_name,
+                "item": self.item,
+                "attempt": self.attempt,
+                "lane": self.lane,
             },
         )
 
@@ -151,10 +157,12 @@ class StageContext:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
     def progress(self, done: float, total: float = 0.0, note: str | None = None) -> None:
-        """Publish how far the attempt is. Costs no message unless there is a note."""
+        """Publish how far the attempt is. Costs no message: the engine looks now and then. A note is one, at most
+        five times a second."""
         self._port.progress(done, total)
-        if note is not None:
-            self._port.note("event", {"type": "stage.progress", "data": {"done": done, "total": total, "note": note}})
+        if note is not None and (now := time.monotonic()) >= self._noted:
+            self._noted = now + NOTE_SECONDS
+            self._port.note("event", self._said("stage.progress", {"done": done, "total": total, "note": note}))
 
     @contextmanager
     def waiting(self, reason: str) -> Iterator[None]:
@@ -172,7 +180,11 @@ class StageContext:
 
     def emit(self, type: str, data: Mapping[str, Any] | None = None) -> None:
         """Send an event of this stage to the run's sinks. Never raises for a sink's sake."""
-        self._port.note("event", {"type": type, "data": dict(data or {}), "item": self.item, "attempt": self.attempt})
+        self._port.note("event", self._said(type, dict(data or {})))
+
+    def _said(self, type: str, data: dict[str, Any]) -> dict[str, Any]:
+        """An event of this attempt, as its port takes it."""
+        return {"type": type, "data": data, "stage": self.stage_name, "item": self.item, "attempt": self.attempt}
 
     def buffer(self, nbytes: int) -> memoryview:
         """Writable memory that is already shared: a result that lives in it is not copied on its way to another

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import collections.abc as cabc
 import inspect
 from functools import lru_cache
-from typing import Any, Final, get_args, get_origin
+from typing import Any
 
 import msgspec
 
-from stageflow.contracts.annotations import type_text, unwrap
+from stageflow.contracts.annotations import type_text
 from stageflow.contracts.nodes import Compiler, Misfit
 from stageflow.core.errors import ContractViolationError, DefinitionError
-
-_YIELDS: Final = frozenset(
-    {cabc.Iterator, cabc.Iterable, cabc.Generator, cabc.AsyncIterator, cabc.AsyncIterable, cabc.AsyncGenerator}
-)
 
 
 class Checker:
@@ -120,14 +115,6 @@ def checker_for(annotation: Any) -> Checker | None:
     except DefinitionError:
         return None
     return None if checker.trivial else checker
-
-
-def yield_type(annotation: Any) -> Any:
-    """What a generator annotated so yields: `int` for `Iterator[int]`; Any where the annotation does not say."""
-    plain, _ = unwrap(annotation)
-    if get_origin(plain) in _YIELDS and get_args(plain):
-        return get_args(plain)[0]
-    return Any
 
 
 def schema_of(type_: Any) -> dict[str, Any]:

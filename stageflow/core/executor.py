@@ -79,7 +79,7 @@ class Call(msgspec.Struct):
     args: tuple[Any, ...] = ()
     short: bool = False
     alone: bool = False
-    writable: bool = False  #: give buffers as private copy-on-write pages instead of read-only views
+    writable: int = 0  #: arguments (bits) whose buffers are given as private copy-on-write pages, not read-only views
 
 
 class OutcomeKind(IntEnum):

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 _ITEM: Final = "\x1f"  # begins the reason of a stop that is meant for one item of a block
 
+#: the stage that runs, and the index path of its item
+UnderWay = tuple[str, tuple[int, ...] | None]
+
 
 def item_stop(index: int, reason: str) -> str:
     """The reason that a lane is given to stop only the item `index` of a block."""
@@ -73,6 +76,10 @@ class WorkerPort(Protocol):
 
     def buffer(self, nbytes: int) -> memoryview:
         """Writable memory that is already shared, so that a result written there is not copied again."""
+        ...
+
+    def items(self, current: Callable[[], UnderWay]) -> None:
+        """From now on `current()` says where in the call it is, for whoever takes in what it prints."""
         ...
 
     def on_cancel(self, callback: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
@@ -21,7 +21,9 @@ from stageflow import Engine
 from stageflow.demo import service
 from stageflow.demo.index import FILES, Searcher
 from stageflow.demo.pipeline import Summary, graph
+from stageflow.report.failed import FailedInput
 from stageflow.report.terminal import CpuMeter, CpuSplit, console, jsonable, seconds, size, stage_table
+from stageflow.report.views import Views, view_options
 
 _MAX_SKIPPED: Final = 12
 _MAX_HITS: Final = 10
@@ -50,6 +52,7 @@ Examples:
   stageflow demo --compare                          and once more with one worker
   stageflow demo --root ~/src --output ~/src-index  any other tree
   stageflow demo --query "async generator*"         search what was indexed
+  stageflow demo --report run.html --ui             with any view that `stageflow run` has
 """,
 )
 @click.option("--root", metavar="PATH", help="The tree to index. Default: the standard library.")
@@ -61,7 +64,7 @@ Examples:
 @click.option(
     "--query", "-q", metavar="WORDS", help="Search the index (made first if there is none). name* is a prefix."
 )
-@click.option("--progress/--no-progress", default=None, help="Default: where standard error is a terminal.")
+@view_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def demo(
     root: str | None,
@@ -69,8 +72,8 @@ def demo(
     processes: int | None,
     compare: bool,
     query: str | None,
-    progress: bool | None,
     as_json: bool,
+    **views: Any,
 ) -> int:
     """Index a tree of Python source: a real job through async, thread and process stages.
 
@@ -78,15 +81,16 @@ def demo(
     stageflow/demo/pipeline.py: it is short, and a good first example.
     """
     tree, folder = _readable(root), _writable(output)
-    if query is not None and (folder / FILES[0]).is_file() and root is None:
+    asked = compare or any(value is not None and value is not False for value in views.values())
+    if query is not None and (folder / FILES[0]).is_file() and root is None and not asked:
         return _search(folder, query, as_json=as_json)
     with _service() as (address, pid):
         inputs = {"root": str(tree), "output": str(folder), "service": address}
-        done = _run(inputs, processes, progress, pid)
+        done = _run(inputs, processes, views, pid)
         single = None
         if compare and done.result.success:
             beside = folder / ".one-worker"
-            single = _run({**inputs, "output": str(beside)}, 1, progress, pid)
+            single = _run({**inputs, "output": str(beside)}, 1, {"progress": views["progress"]}, pid)
     if as_json:
         _print_json(done, single)
     else:
@@ -102,22 +106,25 @@ def demo(
     return _search(folder, query, as_json=False) if query is not None and not as_json else 0
 
 
-def _run(inputs: dict[str, str], processes: int | None, progress: bool | None, service_pid: int) -> Done:
+def _run(inputs: dict[str, str], processes: int | None, views: dict[str, Any], service_pid: int) -> Done:
     """One run on an engine of its own, measured from the first pull to the last byte written."""
     options: dict[str, Any] = {} if processes is None else {"processes": processes}
-    with Engine(**options) as engine, _progress(progress) as sinks:
+    given = FailedInput(snapshot=inputs, target="stageflow.demo.pipeline:graph")
+    with Views.from_options(graph, dict(views), given) as shown, Engine(**options) as engine:
         meter = CpuMeter(without=[service_pid])
         began = time.perf_counter()
         interrupted = 0
         try:
-            result = graph.run(inputs, engine=engine, event_sinks=sinks)
+            result = graph.run(inputs, engine=engine, event_sinks=shown.sinks)
         except (KeyboardInterrupt, SystemExit) as stop:  # the second comes from SIGTERM, with its exit code
             result = getattr(stop, "result", None)
             if result is None:
                 raise
             interrupted = int(stop.code or 1) if isinstance(stop, SystemExit) else 130
         wall = time.perf_counter() - began
-        return Done(result, meter.split(result.stats), wall, interrupted)
+        done = Done(result, meter.split(result.stats), wall, interrupted)
+        shown.finish()
+        return done
 
 
 def _readable(root: str | None) -> Path:
@@ -173,18 +180,6 @@ def _service() -> Iterator[tuple[str, int]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _progress(wanted: bool | None) -> Iterator[list[Any]]:
-    """The sinks of a run: a view of its progress where there is a terminal, or where it was asked for."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield []
-        return
-    from stageflow.report.progress import ProgressSink
-
-    with closing(ProgressSink()) as sink:
-        yield [sink]
 
 
 def _print(done: Done, folder: Path) -> None:

@@ -217,7 +217,7 @@ class StageProgress(EventData, frozen=True, kw_only=True):
 
     done: float = 0.0
     total: float | None = None
-    note: str = ""
+    note: str | None = None
 
 
 class StageLog(EventData, frozen=True, kw_only=True):

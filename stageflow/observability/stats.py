@@ -55,7 +55,6 @@ class StatsFold:
         "events",
         "kinds",
         "lanes",
-        "last_ns",
         "late",
         "pipeline",
         "run_id",
@@ -85,7 +84,6 @@ class StatsFold:
         self.pipeline = ""
         self.status = "pending"
         self.started_ns = 0
-        self.last_ns = 0
         self.wall_seconds = 0.0
         self.workers_started = 0
         self.workers_lost = 0
@@ -343,8 +341,11 @@ class StatsFold:
         self._tally(event.stage or "").wait_ends(reason, (event.item, event.attempt), event.time_unix_ns)
 
     def _progress(self, event: Event) -> None:
-        data = event.data
-        self._tally(event.stage or "").progress = (data.get("done") or 0, data.get("total"), data.get("note") or "")
+        data, tally = event.data, self._tally(event.stage or "")
+        note = data.get("note")
+        if note is None and tally.progress is not None:
+            note = tally.progress[2]  # numbers alone: the words that were last said still hold
+        tally.progress = (data.get("done") or 0, data.get("total"), note or "")
 
     def _placed(self, event: Event) -> None:
         lane = event.data.get("lane") or event.lane
@@ -368,7 +369,6 @@ class StatsFold:
 
     def _run_ended(self, event: Event) -> None:
         self.status = event.data.get("status") or event.type.partition(".")[2]
-        self.last_ns = event.time_unix_ns
         duration = event.data.get("duration_ms")
         if duration is not None:
             self.wall_seconds = duration / 1000.0

@@ -187,6 +187,16 @@ def _resolve(i: int, stage: Declared, stages: Sequence[Declared], scope: Scope) 
                     _check_readable(stage, stages[binding.ref], problems)
     if isinstance(stage.policies.when, tuple):
         _after(stage.policies.when[0], stage.name, scope, upstream)
+    if isinstance(stage.policies.writable, tuple) and traits.problem is None and not lost:
+        known = {binding.param for binding in bindings} | {stages[j].name for j in upstream} | {over_input or ""}
+        for name in stage.policies.writable:
+            if name not in known:
+                problems.add(
+                    "UNBOUND",
+                    f"stage {stage.name!r}: writable names {name!r}, which is none of its inputs",
+                    did_you_mean(name, sorted(known - {""}), what="Inputs"),
+                    stages=(stage.name,),
+                )
     kind, kind_declared = _kind(stage, role, problems)
     spec = StageSpec(
         stage.name,

@@ -114,10 +114,6 @@ class StageGraph:
             f"{label} is the runner of several stages ({names})", hint="Give the name of one of them."
         )
 
-    def consumers(self, i: int) -> tuple[int, ...]:
-        """The stages that read the value or the elements of stage i; those merely declared after it are left out."""
-        return tuple(j for j in self.dependents[i] if self.reads(j, i))
-
     def reads(self, j: int, i: int) -> bool:
         """True when stage j reads what stage i gives.
 

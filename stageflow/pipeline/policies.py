@@ -364,8 +364,9 @@ class Policies(msgspec.Struct, frozen=True, kw_only=True):
     guard_retry: GuardRetryPolicy | None = None
     fuse: bool | None = None  #: None = where it is safe and pays
     max_failed_items: int | float | None = None  #: a count (int) or a fraction of the items (float up to 1.0)
-    isolate: bool = False  #: a worker that runs nothing else meanwhile and is not reused
-    writable: bool = False  #: give buffers as private writable copies instead of read-only views
+    isolate: bool = False  #: copies of its own of all its inputs, which it may change
+    #: give buffers as private writable copies instead of read-only views: of all inputs, or of the parameters named
+    writable: bool | tuple[str, ...] = False
     replayable: bool = False  #: a generator that yields the same again may be retried after it has yielded
     when: Any = None  #: a branch name, (router, branch), or a predicate on StageInputs
     batch: int | None = None
@@ -385,7 +386,7 @@ class Policies(msgspec.Struct, frozen=True, kw_only=True):
         priority: Any = self.priority
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise _wrong("stage", "priority", self.priority, "a whole number; higher goes first")
-        for field in ("conditional", "isolate", "writable", "replayable", "spill"):
+        for field in ("conditional", "isolate", "replayable", "spill"):
             if not isinstance(getattr(self, field), bool):
                 raise _wrong("stage", field, getattr(self, field), "True or False")
         for field in ("fuse", "ordered", "keep"):
@@ -398,6 +399,13 @@ class Policies(msgspec.Struct, frozen=True, kw_only=True):
         self._normalise()
 
     def _normalise(self) -> None:
+        writable: Any = self.writable
+        if not isinstance(writable, bool):
+            several = isinstance(writable, Iterable) and not isinstance(writable, str)
+            names = list(writable) if several else [writable]
+            if not all(isinstance(one, str) for one in names):
+                raise _wrong("stage", "writable", writable, "True, False, or names of parameters")
+            force_setattr(self, "writable", tuple(sorted(set(names))))
         if self.rate is not None:
             force_setattr(self, "rate", Rate.parse(self.rate))
         if self.on_failure is not None:
@@ -449,7 +457,7 @@ POLICY_NAMES: Final = frozenset(Policies.__struct_fields__)
 #: what says where a stage runs, in what order, what its value must be or what its failure means: nobody is asked
 #: anything before an attempt of it starts, or when it has succeeded
 QUIET_POLICIES: Final = frozenset(
-    {"contract", "executor", "fuse", "keep", "on_failure", "priority", "replayable", "spill", "writable"}
+    {"contract", "executor", "fuse", "keep", "on_failure", "priority", "replayable", "spill", "writable", "isolate"}
 )
 #: what a stage without policies has: one object, however many stages
 DEFAULT_POLICIES: Final = Policies()

@@ -79,8 +79,3 @@ class StageSpec(msgspec.Struct, frozen=True, eq=False):
     policies: Policies
     reduce: ReduceSpec | None
     declared_deps: tuple[str, ...]
-
-    @property
-    def takes_elements(self) -> bool:
-        """True for map, reduce and sink."""
-        return self.role >= Role.MAP

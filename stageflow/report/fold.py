@@ -139,7 +139,6 @@ class ReportFold:
         self.waiting: Mapping[str, str] = {}
         self.queued: Mapping[str, int] = {}
         self.running: Mapping[str, int] = {}
-        self.last_sample: Mapping[str, Any] = {}
         self.started_ns = 0
         self.now_ns = 0
         self.environment = environment()
@@ -269,7 +268,6 @@ class ReportFold:
 
     def _sample(self, event: Event) -> None:
         data = event.data
-        self.last_sample = data
         self.queued = data.get("queued") or {}
         self.running = data.get("running") or {}
         self.waiting = data.get("waiting") or {}

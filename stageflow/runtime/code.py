@@ -13,6 +13,7 @@ from stageflow.context.folds import ReduceProgram
 from stageflow.context.gathering import Gathered
 from stageflow.context.inside import Inside
 from stageflow.context.items import ItemProgram
+from stageflow.context.owning import Owning
 from stageflow.context.region import RegionProgram
 from stageflow.context.tracing import Traced
 from stageflow.core.executor import Shipped
@@ -83,6 +84,13 @@ class StageCode:
             self._gathered[shipped.key] = found
         return found
 
+    def writable(self, first: int) -> int:
+        """The arguments that a call in the process lane gives as private pages; values stand from `first` on."""
+        own = self.program.own
+        if own is None:
+            return 0
+        return -1 if self.gathers else own.mask(first, len(self.sources))
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that define it."""
@@ -126,6 +134,7 @@ class GraphCode:
         "_annotations",
         "_codes",
         "_grace",
+        "_isolate",
         "_outline",
         "_readers",
         "_regions",
@@ -154,10 +163,12 @@ class GraphCode:
         scope: int,
         nested: bool = False,
         annotations: bool = True,
+        isolate: bool = False,
         grace: float = 5.0,
     ) -> None:
         self.graph = graph
         self._annotations = annotations
+        self._isolate = isolate
         self._grace = grace
         self.lanes: list[str] = []
         cache: dict[Any, str] = {}
@@ -277,6 +288,7 @@ class GraphCode:
         positional: list[tuple[str, Any]] = []
         keywords: list[tuple[str, str, Any]] = []
         taken: dict[int | str, int] = {}
+        placed: dict[str, tuple[str, Any]] = {}
 
         def slot(source: int | str, param: str | None) -> int:
             if source in taken:
@@ -306,6 +318,7 @@ class GraphCode:
                 kind, where = "const", binding.default
             else:
                 continue
+            placed[binding.param] = kind, where
             if spec.role == Role.REDUCE and kind == "element":
                 continue
             if binding.positional:
@@ -345,6 +358,7 @@ class GraphCode:
             "resources": self._resources,
             "resource_scope": self._scope,
             "inside": inside,
+            "own": self._own(spec, slots, placed),
         }
         program: Program
         if spec.role in (Role.MAP, Role.SINK):
@@ -359,13 +373,36 @@ class GraphCode:
         elif spec.role == Role.REDUCE and spec.reduce is not None:
             reduce = spec.reduce
             program = ReduceProgram(
-                combine=reduce.combine, initial=reduce.initial, has_initial=reduce.has_initial, **common
+                combine=reduce.combine,
+                initial=reduce.initial,
+                has_initial=reduce.has_initial,
+                repeats=spec.policies.retry is not None,
+                **common,
             )
         else:
             program = Program(**common)
         gathers = any(isinstance(source, int) and graph.streams[source] for source in sources)
         policies = spec.policies if spec.form != "graph" else None
         return StageCode(program, tuple(sources), _modules(spec), gathers, policies)
+
+    def _own(self, spec: StageSpec, slots: Sequence[Slot], placed: Mapping[str, tuple[str, Any]]) -> Owning | None:
+        """The inputs that the stage may change; `placed` says where each of its parameters gets its value."""
+        policies = spec.policies
+        if policies.isolate or self._isolate or policies.writable is True:
+            return Owning(tuple(range(len(slots))), True, policies.isolate or self._isolate)
+        if not policies.writable:
+            return None
+        names = policies.writable
+        own = {k for k, slot in enumerate(slots) if slot.name in names}
+        over = self.graph.specs[spec.over].name if spec.over >= 0 else spec.over_input
+        elements = over in names
+        for param in names:
+            kind, where = placed.get(param, ("", 0))
+            if kind == "element":
+                elements = True
+            elif kind in ("value", "nullable"):
+                own.add(where)
+        return Owning(tuple(sorted(own)), elements, False)
 
 
 def _direct_of(runner: Callable[..., Any]) -> Shipped:
@@ -410,10 +447,11 @@ def code_of(
     scope: int,
     nested: bool = False,
     annotations: bool = True,
+    isolate: bool = False,
     grace: float = 5.0,
 ) -> GraphCode:
     """The code of a graph under these settings, shared by all runs that have them."""
-    key = (scope, tuple(sorted(placement.items())), lane, nested, annotations)
+    key = (scope, tuple(sorted(placement.items())), lane, nested, annotations, isolate)
     found: GraphCode | None = graph.memo.get(key)
     if found is None:
         found = graph.memo[key] = GraphCode(
@@ -424,6 +462,7 @@ def code_of(
             scope=scope,
             nested=nested,
             annotations=annotations,
+            isolate=isolate,
             grace=grace,
         )
     return found

@@ -78,6 +78,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout: float | None = 60.0
     #: check what a stage returns against its return annotation (`contract=` is checked in any case)
     check_annotations: bool = True
+    #: give every stage copies of its own of its inputs, which else are borrowed (`isolate=` of a stage)
+    isolate: bool = False
     #: sees each event before any sink; returns it, another, or None to drop it
     redact: Callable[[Any], Any] | None = None
 

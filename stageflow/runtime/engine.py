@@ -136,6 +136,7 @@ class Engine:
             scope=self._scope,
             nested=self._in_worker,
             annotations=config.check_annotations,
+            isolate=config.isolate,
             grace=config.grace,
         )
         return made

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.context.attempt import Header
+from stageflow.context.owning import read_only_items
 from stageflow.core.failure import capture
+from stageflow.core.worker import UnderWay
 from stageflow.pipeline.spec import Role
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import Job
@@ -50,7 +52,7 @@ class Feeding(DriverCounters):
                 return
             self._next_handle = handle = self._next_handle + 1
             count = len(given)
-            values = given if isinstance(given, Values) else Values(given, None, nbytes)
+            values = given if isinstance(given, Values) else Values(read_only_items(given), None, nbytes)
             job.book.hold(handle, values)
             self.signal(sig.ItemsArrived(run, stage, count, handle, nbytes, seconds, enough))
 
@@ -207,6 +209,9 @@ class SourcePort:
     def buffer(self, nbytes: int) -> memoryview:
         """Plain memory."""
         return memoryview(bytearray(nbytes))
+
+    def items(self, current: Callable[[], UnderWay]) -> None:
+        """A source has none."""
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Sources look at `cancelled` between items; they are closed when the run ends."""

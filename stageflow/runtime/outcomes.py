@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from stageflow.context.owning import read_only_items
 from stageflow.context.pieces import Done, ItemFailure, mask_from_wire
 from stageflow.context.sizes import sized
 from stageflow.core.errors import InvariantError, StageflowError, StageTimeoutError
@@ -412,7 +413,7 @@ class Outcomes(DriverCounters):
             job.book.hold(handle, Values(None, outcome.value, nbytes))
         else:
             nbytes = sized(outcome.value)
-            job.book.hold(handle, Values(outcome.value, None, nbytes))
+            job.book.hold(handle, Values(read_only_items(outcome.value), None, nbytes))
         return handle, nbytes
 
     def _judge_items(self: Driver, running: Running, part: sig.BlockPart, failures: Any) -> None:

@@ -1,4 +1,5 @@
-"""A reading of every run about once a second, as `engine.sample`, while somebody listens.
+"""A reading of every run about once a second, as `engine.sample`, while somebody listens; more often, how far attempts
+say they are (`ctx.progress`), as `stage.progress`.
 
 Reads the scheduler's books and decides nothing. Loop thread only.
 """
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from stageflow.scheduler.machine import Machine
     from stageflow.scheduler.streams import Stream
 
-#: seconds between readings
+#: seconds between readings, and between looks at the progress of attempts
 EVERY: Final = 1.0
+PROGRESS_EVERY: Final = 0.25
 #: runs of one loop that get a reading of their own, and workers that are looked at
 MOST_RUNS: Final = 32
 MOST_WORKERS: Final = 64
+#: attempts of one loop whose progress is looked at
+MOST_ATTEMPTS: Final = 256
 #: entries of the queues that are counted by stage; beyond, nobody could read them
 _MOST_QUEUED: Final = 5_000
 _LIMITS: Final = {
@@ -44,11 +48,13 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 class Sampler:
     """Takes the readings of one driver. `begin` with a run that somebody listens to; ends by itself without one."""
 
-    __slots__ = ("_busy", "_driver", "_due", "_since", "_timer")
+    __slots__ = ("_busy", "_driver", "_due", "_look", "_since", "_timer", "_told")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._told: dict[int, tuple[float, float]] = {}  # call -> the progress that was told last
         self._due = 0.0
         self._since = 0.0
         self._busy = 0.0
@@ -58,12 +64,17 @@ class Sampler:
         if self._timer is None:
             self._since, self._busy = time.monotonic(), 0.0
             self._again()
+            self._look = self._driver.loop.call_later(PROGRESS_EVERY, self._look_at_progress)
 
     def end(self) -> None:
         """There is no run any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        self._told.clear()
 
     def _again(self) -> None:
         # real time, also under a virtual clock: what is read is the machine's
@@ -83,6 +94,25 @@ class Sampler:
                 data = {**common, **readings(driver.machine, run, job)}
                 driver._event(names.ENGINE_SAMPLE, job, None, None, None, None, data)
         self._again()
+
+    def _look_at_progress(self) -> None:
+        """Tell what attempts have published since the last look; nobody sends a message for it."""
+        self._look = None
+        if self._timer is None:
+            return  # nobody listens
+        driver, told, now = self._driver, self._told, {}
+        for call, running in islice(driver.running.items(), MOST_ATTEMPTS):
+            if running.job.sinks is None and not driver.events.listening:
+                continue
+            said = running.executor.progress_of(call)
+            if said is None or said == (0.0, 0.0):
+                continue
+            now[call] = said
+            if told.get(call) != said:
+                done, total = said
+                driver.event(names.STAGE_PROGRESS, running, {"done": done, "total": total or None, "note": None})
+        self._told = now
+        self._look = driver.loop.call_later(PROGRESS_EVERY, self._look_at_progress)
 
     def _machine_now(self) -> dict[str, Any]:
         """What is true of all runs."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 from stageflow.context.gathering import InPieces
+from stageflow.context.owning import Copyable
 
 
 class Values:
@@ -59,10 +60,10 @@ class Values:
             self._values = None
 
 
-class ItemSequence(Sequence[Any]):
+class ItemSequence(Sequence[Any], Copyable):
     """Ordered, re-iterable, lazily decoded. `len`, indexing, slicing and iteration hold one decoded list at a time."""
 
-    __slots__ = ("_cached", "_cached_number", "_parts", "_sorted", "_starts")
+    __slots__ = ("_cached", "_cached_number", "_copy_of", "_parts", "_sorted", "_starts")
 
     def __init__(self) -> None:
         self._parts: list[tuple[int, int, int, Values]] = []  # (lo, count, place in the list, list)
@@ -70,6 +71,7 @@ class ItemSequence(Sequence[Any]):
         self._sorted = True
         self._cached_number = -1
         self._cached: list[Any] = []
+        self._copy_of: Callable[[Any], Any] | None = None
 
     def add(self, lo: int, count: int, at: int, values: Values) -> None:
         """Items with indices from `lo` on: `count` of them from place `at` of a list."""
@@ -112,13 +114,15 @@ class ItemSequence(Sequence[Any]):
         if self._cached_number != number:
             self._cached = values.load()
             self._cached_number = number
-        return self._cached[at + index - self._starts[number]]
+        found = self._cached[at + index - self._starts[number]]
+        return found if self._copy_of is None else self._copy_of(found)
 
     def __iter__(self) -> Iterator[Any]:
         self._settle()
         for _, count, at, values in self._parts:
             loaded = values.load()
-            yield from loaded[at : at + count] if (at or len(loaded) != count) else loaded
+            part = loaded[at : at + count] if (at or len(loaded) != count) else loaded
+            yield from part if self._copy_of is None else map(self._copy_of, part)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, ItemSequence | list | tuple):
@@ -130,6 +134,13 @@ class ItemSequence(Sequence[Any]):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # crosses a process boundary as the items themselves; the reader sees the same type
         return _from_list, (list(self),)
+
+    def copied(self, copy_of: Callable[[Any], Any]) -> ItemSequence:
+        """The same items, each as `copy_of(item)` whenever it is looked at."""
+        self._settle()
+        made = ItemSequence()
+        made._parts, made._starts, made._copy_of = self._parts, self._starts, copy_of
+        return made
 
     def in_pieces(self, crosses: bool) -> tuple[InPieces, list[Any]]:
         """The sequence as a call takes it, and the lists it is made of, each in the form it has: what is encoded

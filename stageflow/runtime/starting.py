@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from stageflow.context.attempt import ABSENT, Header
+from stageflow.context.owning import read_only
 from stageflow.context.pieces import Piece
 from stageflow.context.tracing import TRACE
 from stageflow.core.errors import StageFailedError
@@ -116,7 +117,7 @@ class Starting(DriverCounters):
                 value = inputs.get(source, ABSENT)
                 if crosses and type(value) not in _WORDS and (many or job.code.readers(source) > 1):
                     value = _once(value, source, job.inputs_wire, executor)
-                found.append(value)
+                found.append(value if crosses else read_only(value))
                 continue
             if crosses and book.encoded[source]:
                 found.append(book.values[source])
@@ -131,7 +132,7 @@ class Starting(DriverCounters):
             if value is ABSENT:
                 found.append(ABSENT)
             elif not crosses:
-                found.append(book.value(source))
+                found.append(read_only(book.value(source)))
             elif many or len(book.graph.dependents[source]) > 1:
                 found.append(_once(value, source, book.shared, executor))
             else:
@@ -196,7 +197,7 @@ class Starting(DriverCounters):
                 args,
                 action.short,
                 action.alone,
-                policies.writable,
+                code.writable(2),
             )
         except Exception as error:
             self._refuse(running, error)
@@ -252,7 +253,7 @@ class Starting(DriverCounters):
                 (header, snapshot, pieces, *commons, *lists),
                 action.short,
                 action.alone,
-                bool(spec.policies.writable),
+                code.writable(3),
             )
         except Exception as error:
             self._refuse(running, error)
@@ -313,14 +314,17 @@ class Starting(DriverCounters):
             args: tuple[Any, ...]
             if action.job == "merge":
                 args = (None, *(handles[h].form(lane == "process") if h else ABSENT for h in action.accumulators))
+                writable = -1  # accumulators belong to their fold, which may change them in place
             else:
                 commons = self._values(job, code.sources, lane, executor, many=True)
+                writable = code.writable(4)
                 if action.accumulators:
+                    writable |= 1 << (4 + len(commons)) if len(commons) < 48 else -1
                     commons.append(handles[action.accumulators[0]].form(lane == "process"))
                 pieces, lists = self._pieces(job, action.segments, len(commons), lane)
                 args = (pieces, *commons, *lists)
             snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
-            call = Call(action.task, shipped, (header, snapshot, action.job, *args), False, action.alone)
+            call = Call(action.task, shipped, (header, snapshot, action.job, *args), False, action.alone, writable)
         except Exception as error:
             self._refuse(running, error)
             return

@@ -242,7 +242,7 @@ class Telling(DriverCounters):
             self._event(
                 str(data["type"]),
                 job,
-                name,
+                data.get("stage", name),
                 tuple(item) if item is not None else None,
                 data.get("attempt", action.attempt),
                 action.lane,
@@ -256,10 +256,14 @@ class Telling(DriverCounters):
             job.survivors.pop(call_id, None)
         else:
             fields = dict(data) if isinstance(data, Mapping) else {"value": data}
-            self._event(f"stage.{kind}", job, name, None, action.attempt, action.lane, fields)
+            item = None
+            if kind in ("print", "log"):
+                name, item = fields.pop("stage", name), fields.pop("item", None)
+                item = tuple(item) if item is not None else None
+            self._event(f"stage.{kind}", job, name, item, action.attempt, action.lane, fields)
             if kind in ("print", "log"):
                 now, attempt = self.clock.time_ns(), action.attempt
-                said = Event(f"stage.{kind}", now, self._seq, job.run_id, name, None, attempt, action.lane, fields)
+                said = Event(f"stage.{kind}", now, self._seq, job.run_id, name, item, attempt, action.lane, fields)
                 self.relay.tell(said, job.sinks, self.events)
 
     def _child_told(self: Driver, job: Job, data: Mapping[str, Any]) -> None:

@@ -62,7 +62,6 @@ class Run:
         "blocked_by",
         "cancelled_items",
         "clean",
-        "deadline_timer",
         "deaths",
         "decisions",
         "ending",
@@ -145,7 +144,6 @@ class Run:
         self.reason: str | None = None
         self.error: ErrorInfo | None = None
         self.grace_timer = 0
-        self.deadline_timer = 0
         self.live_bytes = 0
         self.spilling: dict[int, Any] = {}  # handle -> the chunk that is being written to disk
 

@@ -56,7 +56,6 @@ class EndRules:
         for timer in list(run.timers):
             if timer not in of_tasks:
                 self._drop_timer(timer)
-        run.deadline_timer = 0
         run.retry_timers = 0
         for task in run.tasks.values():
             if task.stopping is None:

@@ -80,7 +80,6 @@ class Layout:
         graph: StageGraph,
         lanes: Sequence[str],
         *,
-        token_demand: Mapping[int, bool] | None = None,
         regions: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
         specs = graph.specs

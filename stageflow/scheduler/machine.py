@@ -191,12 +191,11 @@ class Machine(
             deadline = signal.deadline
 
             def expired(due: sig.TimerDue, at: float) -> None:
-                run.deadline_timer = 0
                 text = f"the run took longer than its timeout of {deadline:g} s"
                 error = timeout_info(text, elapsed=max(at - run.started_at, deadline), limit=deadline)
                 self._end_run(run, "failed", text, at, error)
 
-            run.deadline_timer = self._set_timer(run, now + deadline, expired)
+            self._set_timer(run, now + deadline, expired)
         for stage in layout.elements:
             self._open_stream(run, stage)
         waiting = run.waiting

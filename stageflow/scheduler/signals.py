@@ -3,8 +3,6 @@ replays exactly."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from stageflow.context.pieces import Done
@@ -58,7 +56,6 @@ class AttemptEnded(Signal):
     skip_hint: str | None = None
     digest: str | None = None  #: of the failing output, for guards
     abandoned: bool = False
-    cached: bool = False
     broken: ErrorInfo | None = None  #: what a strategy of the policy raised while it judged
 
 
@@ -179,6 +176,3 @@ class ChildrenWait(Signal):
 
     task: int
     waiting: bool
-
-
-AnySignal = Any

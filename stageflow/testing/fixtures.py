@@ -63,6 +63,9 @@ class TestPort:
         """Plain memory."""
         return memoryview(bytearray(nbytes))
 
+    def items(self, current: Any) -> None:
+        """One stage runs, and no block of items."""
+
     def on_cancel(self, callback: Any) -> None:
         """Call back when the test cancels."""
         self._callbacks.append(callback)

@@ -7,7 +7,7 @@ thread at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -153,9 +153,3 @@ def base_url(root: Element, page_url: str) -> str:
 def classes(element: Element) -> list[str]:
     """The class names of an element."""
     return (element.get("class") or "").split()
-
-
-def ancestors(element: Element) -> Iterable[Element]:
-    """Parents from the nearest up; at most 256 (the parser's depth)."""
-    found: Iterable[Element] = element.iterancestors()
-    return found

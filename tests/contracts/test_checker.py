@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, NotRequired, TypedDict, TypeVar
 
 import attrs
@@ -19,7 +19,7 @@ import pydantic
 import pytest
 
 from stageflow.contracts import nodes
-from stageflow.contracts.checker import Checker, checker_for, compile_contract, schema_of, yield_type
+from stageflow.contracts.checker import Checker, checker_for, compile_contract, schema_of
 from stageflow.core.errors import ContractViolationError, DefinitionError
 
 T = TypeVar("T")
@@ -250,12 +250,6 @@ def test_annotations_without_a_meaning_need_no_checker():
     assert none is not None
     assert (none.fits(None), none.fits(1)) == (True, False)
     assert compile_contract(Any).trivial
-
-
-def test_what_a_generator_yields():
-    assert yield_type(Iterator[int]) is int
-    assert yield_type(AsyncIterator[Doc]) is Doc
-    assert yield_type(list[int]) is Any
 
 
 def test_checkers_are_kept_and_travel():

@@ -187,3 +187,16 @@ def test_ctrl_c_drains_and_reports(heavy):
     assert "Traceback" not in out + err
     _, alive = psutil.wait_procs(left, timeout=5)
     assert alive == []
+
+
+def test_it_has_the_views_that_a_run_has(folder):
+    done = demo(folder, "--report", "run.html", "--trace", "run.trace.json", "--metrics-port", "0", "--ui", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["success"] is True
+    for said in ("live page: http://127.0.0.1:", "metrics: http://127.0.0.1:", "report: run.html"):
+        assert said in done.stderr
+    assert "parse" in (folder / "run.html").read_text()
+    assert {"X", "M"} <= {entry["ph"] for entry in json.loads((folder / "run.trace.json").read_text())}
+    wrong = demo(folder, "--report", "/proc/nowhere/run.html")
+    assert wrong.returncode == 2
+    assert "--report '/proc/nowhere/run.html' cannot be written" in wrong.stderr

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from stageflow import Engine, PipelineBuilder, PipelineContext, RetryConfig, RunIdentity
+from stageflow.events import names
 from stageflow.events.catalogue import typed
 from stageflow.events.sinks import CollectingSink
 from stageflow.observability.logs import LogSink
@@ -242,3 +243,141 @@ def test_what_a_view_shows_does_not_come_out_twice(capfd, caplog):
     assert capfd.readouterr() == ("", "")
     assert "[speaks] to standard output\n" in shown.getvalue()
     assert [one.getMessage() for one in caplog.records if one.name == "mine"] == ["warned 3"]
+
+
+def counted():
+    yield from range(40)
+
+
+def first(counted):
+    print("first", counted)
+    return counted
+
+
+def second(first, ctx):
+    print("second", first)
+    ctx.log.warning("logged %d", first)
+    ctx.emit("told", {"n": first})
+    return first
+
+
+def several(second):
+    print("several", second)
+    yield second
+
+
+def batched(several):
+    print("batched", several[0])
+    return several
+
+
+def test_what_a_block_prints_and_logs_is_tagged_with_stage_and_item(capsys):
+    sink = CollectingSink()
+    graph = (
+        PipelineBuilder("p")
+        .stage("counted", counted)
+        .map("first", first, over="counted")
+        .map("second", second, over="first")
+        .map("several", several, over="second")
+        .map("batched", batched, over="several", batch=4)
+        .build()
+    )
+    with Engine(processes=2) as engine:
+        graph.run({}, engine=engine, event_sinks=[sink]).raise_for_failure()
+    prints = [
+        (event.stage, event.item, event.data["text"]) for event in sink.events() if event.type == names.STAGE_PRINT
+    ]
+    wanted = [(name, (n,), f"{name} {n}\n") for name in ("first", "second", "several") for n in range(40)]
+    assert sorted(p for p in prints if p[0] != "batched") == wanted
+    assert sorted(p for p in prints if p[0] == "batched") == [
+        ("batched", (n,), f"batched {n}\n") for n in range(0, 40, 4)
+    ]
+    logs = [
+        (event.stage, event.item, event.data["message"]) for event in sink.events() if event.type == names.STAGE_LOG
+    ]
+    assert sorted(logs) == sorted(("second", (n,), f"logged {n}") for n in range(40))
+    told = [(event.stage, event.item, event.data["n"]) for event in sink.events() if event.type == "told"]
+    assert sorted(told) == [("second", (n,), n) for n in range(40)]
+    assert sorted(capsys.readouterr().out.split()) == sorted(" ".join(p[2] for p in prints).split())
+
+
+async def steps(given, ctx):
+    for number in range(1, 3):
+        ctx.progress(number, 2)
+        await asyncio.sleep(0.35)
+
+
+def blocking_steps(given, ctx):
+    for number in range(1, 3):
+        ctx.progress(number, 2)
+        time.sleep(0.35)
+
+
+@pytest.mark.parametrize(
+    ("lane", "runner"), [("process", blocking_steps), ("thread", blocking_steps), ("async", steps)]
+)
+def test_progress_is_seen_while_an_attempt_runs_though_nobody_sends_it(lane, runner):
+    sink = CollectingSink()
+    with Engine(processes=1) as engine:
+        graph = PipelineBuilder("p").stage("steps", runner, executor=lane).build()
+        graph.run({"given": 1}, engine=engine, event_sinks=[sink]).raise_for_failure()
+    told = [event.data for event in sink.events() if event.type == names.STAGE_PROGRESS]
+    assert 1 <= len(told) <= 2, "each state once, however often it was looked at"
+    assert {one["total"] for one in told} == {2}
+    done = [one["done"] for one in told]
+    assert done == sorted(set(done))
+    assert done[-1] == 2
+
+
+def noted(given, ctx):
+    for number in range(10_000):
+        ctx.progress(number, 10_000, f"row {number}")
+
+
+def test_notes_of_progress_are_told_a_few_times_a_second():
+    sink = CollectingSink()
+    with Engine(processes=1) as engine:
+        graph = PipelineBuilder("p").stage("noted", noted, executor="process").build()
+        graph.run({"given": 1}, engine=engine, event_sinks=[sink]).raise_for_failure()
+    notes = [event.data["note"] for event in sink.events() if event.type == names.STAGE_PROGRESS]
+    assert notes[0] == "row 0"
+    assert len(notes) < 200
+
+
+def logs_much(given):
+    log = logging.getLogger("of.the.user")
+    try:
+        raise KeyError("lost?")
+    except KeyError:
+        log.exception("went wrong", extra={"user": 5, "big": 1 << 80, "thing": ValueError("x")})
+
+
+def test_a_record_of_a_worker_keeps_its_traceback_its_line_and_its_fields(caplog):
+    before = time.time()
+    with Engine(processes=1) as engine:
+        graph = PipelineBuilder("p").stage("logs", logs_much, executor="process").build()
+        graph.run({"given": 1}, engine=engine).raise_for_failure()
+    (record,) = [one for one in caplog.records if one.name == "of.the.user"]
+    assert "KeyError: 'lost?'" in record.exc_text
+    assert "in logs_much" in record.exc_text
+    assert (record.filename, record.funcName) == ("test_watching.py", "logs_much")
+    assert record.lineno > 0
+    assert (record.user, record.big, record.thing) == (5, str(1 << 80), "x")
+    assert (record.stage, record.attempt, record.levelno) == ("logs", 1, logging.ERROR)
+    assert record.process != os.getpid()
+    assert before <= record.created <= time.time()
+
+
+@pytest.mark.parametrize("lane", ["process", "thread", "async", "inline"])
+def test_what_ctx_log_says_is_tagged_in_every_lane(lane, caplog):
+    def speaks(value, ctx):
+        ctx.log.warning("heard")
+
+    with Engine(processes=1) as engine:
+        graph = (
+            PipelineBuilder("p").map("speaks", speaks, over="values", inputs={"value": "values"}, executor=lane).build()
+        )
+        result = graph.run({"values": [7]}, engine=engine)
+        result.raise_for_failure()
+    (record,) = [one for one in caplog.records if one.message == "heard"]
+    assert (record.run_id, record.stage, record.item, record.attempt) == (result.run_id, "speaks", (0,), 1)

@@ -65,6 +65,9 @@ class Port:
     lane = "async"
     worker_pid = progress = note = buffer = None
 
+    def items(self, current):
+        pass
+
     def cancelled(self):
         return False
 

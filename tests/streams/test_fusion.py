@@ -196,6 +196,9 @@ class Port:
     lane = "process"
     worker_pid = progress = note = buffer = None
 
+    def items(self, current):
+        pass
+
     def cancelled(self):
         return False
 

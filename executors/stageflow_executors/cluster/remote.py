@@ -20,6 +20,7 @@ from stageflow.core.errors import NotShippableError, StageCancelledError
 from stageflow.core.executor import OutcomeKind, Reply
 from stageflow.core.failure import capture
 from stageflow.core.output import ErrorInfo
+from stageflow.core.worker import UnderWay
 from stageflow_executors.local import parts_of
 
 KEPT: Final = 1000  #: functions and cancelled calls that one worker remembers
@@ -76,6 +77,9 @@ class RemotePort:
     def buffer(self, nbytes: int) -> memoryview:
         """Plain memory."""
         return memoryview(bytearray(nbytes))
+
+    def items(self, current: Callable[[], UnderWay]) -> None:
+        """Nothing is taken in."""
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call back when the worker hears of it."""

@@ -1,7 +1,8 @@
 """What a call prints, logs and warns comes back as notes, in order, tagged with its call; what it did to the process
 is undone.
 
-Notes: kind "print" {stream, text}; kind "log" {logger, level, message, exc, time}. Bounded per call.
+Notes: kind "print" {stream, text}; kind "log" as `stageflow.events.catalogue.StageLog`; both with the `stage` and
+`item` that were under way in a block. Bounded per call.
 Loaded in workers only.
 """
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 MAX_TEXT: Final = 256 * 1024  #: characters of prints and logs kept per call
 MAX_LINE: Final = 16 * 1024
+_MAX_FIELD: Final = 1024
+#: what every record has, and what `ctx.log` adds: the parent knows it already
+_STANDARD: Final = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | frozenset(
+    ("message", "asctime", "taskName", "run_id", "stage", "item", "attempt", "lane")
+)
 
 _worker: Worker | None = None
 _spent_by: int = 0
@@ -47,6 +53,8 @@ def _send(kind: str, size: int, data: dict[str, Any]) -> None:
             "message": f"more than {MAX_TEXT} characters of output: the rest is dropped",
         }
         kind = "log"
+    if worker.item is not None:
+        data["stage"], data["item"] = worker.item()
     worker.post([ch.NOTE, call_id, kind, data], now=False)
     worker.flush_soon()
 
@@ -135,20 +143,35 @@ class Handler(logging.Handler):
         """Never raises."""
         try:
             message = record.getMessage()[:MAX_LINE]
-            exc = "".join(traceback.format_exception(*record.exc_info))[:MAX_LINE] if record.exc_info else None
+            shown = record.exc_info
+            exc = "".join(traceback.format_exception(*shown))[-MAX_LINE:].rstrip("\n") if shown else record.exc_text
+            own = {name: _plain(value) for name, value in vars(record).items() if name not in _STANDARD}
             _send(
                 "log",
-                len(message) + 1,
+                len(message) + len(exc or "") + 1,
                 {
                     "logger": record.name,
                     "level": record.levelno,
                     "message": message,
-                    "exc": exc,
-                    "time": record.created,
+                    "created": record.created,
+                    "pathname": record.pathname,
+                    "lineno": record.lineno,
+                    "func": record.funcName or "",
+                    "thread": record.threadName or "",
+                    "exc_text": exc,
+                    "worker_pid": record.process or 0,
+                    "extra": own,
                 },
             )
         except Exception:
             self.handleError(record)
+
+
+def _plain(value: Any) -> Any:
+    """A field of a record as the parent can read it."""
+    if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 1 << 63):
+        return value
+    return str(value)[:_MAX_FIELD]
 
 
 def _show_warning(
@@ -163,7 +186,14 @@ def _show_warning(
     _send(
         "log",
         len(text),
-        {"logger": "py.warnings", "level": logging.WARNING, "message": text, "exc": None, "time": time.time()},
+        {
+            "logger": "py.warnings",
+            "level": logging.WARNING,
+            "message": text,
+            "created": time.time(),
+            "pathname": filename,
+            "lineno": lineno,
+        },
     )
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from stageflow.core.worker import both_stops, stops_item
+from stageflow.core.worker import UnderWay, both_stops, stops_item
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 
@@ -77,6 +77,10 @@ class ProcessPort:
     def buffer(self, nbytes: int) -> memoryview:
         """Memory in the worker's arena. Raises SharedMemoryFullError."""
         return self._worker.memory.lend(nbytes)
+
+    def items(self, current: Callable[[], UnderWay]) -> None:
+        """What the call prints, logs and warns is tagged with the item that is under way then."""
+        self._worker.item = current
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """`callback` runs on a watching thread, within about 20 ms of the request."""

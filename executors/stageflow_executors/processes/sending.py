@@ -55,7 +55,7 @@ class Sending(LaneState):
                 bytes_in += nbytes
                 encoded.append(data)
         task.bytes_in = bytes_in
-        message = [ch.TASK, call.id, call.shipped.key, int(call.writable), encoded]
+        message = [ch.TASK, call.id, call.shipped.key, call.writable, encoded]
         data = ch.encode_message(message)
         if len(data) > ch.MAX_MESSAGE:
             data = self._big(task, data)

@@ -29,6 +29,7 @@ import msgspec
 from stageflow.core.errors import NotShippableError, SharedMemoryFullError, StageflowError
 from stageflow.core.executor import OutcomeKind, Reply
 from stageflow.core.failure import capture
+from stageflow.core.worker import UnderWay
 from stageflow_executors.processes import capture as capturing
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
@@ -171,6 +172,7 @@ class Worker:
             ch.FORGET: self._forget,
             ch.GO_ON: lambda message: None,  # for a call that has ended meanwhile
         }
+        self.item: Callable[[], UnderWay] | None = None  # says where in it the call is
         self._words = page.words
         self._plain: dict[int, Callable[..., Any]] = {}  # of `functions`, those that ask nothing of the port
         self._cancels = 0  # requests seen, and whom the latest ones name
@@ -398,7 +400,7 @@ class Worker:
 
     # ------------------------------------------------------------ one call
 
-    def _decode_args(self, encoded: list[Any], writable: bool) -> Sequence[Any]:
+    def _decode_args(self, encoded: list[Any], writable: int) -> Sequence[Any]:
         """Values of which some refer to shared memory. Their leases end with what is made from them."""
         args = []
         readers: list[tuple[ValueReader, tuple[codec.Key, ...]]] = []
@@ -406,12 +408,13 @@ class Worker:
         try:
             for value in encoded:
                 taken += 1
+                own, writable = writable & 1, writable >> 1
                 if type(value) is not list:
                     args.append(value)
                     continue
                 reader = ValueReader(self.mappings, self.released.append)
                 readers.append((reader, codec.blocks_of(value)))
-                args.append(codec.decode(value, reader, writable))
+                args.append(codec.decode(value, reader, bool(own)))
         finally:
             for value in encoded[taken:]:
                 self.released.extend(codec.blocks_of(value))
@@ -442,10 +445,12 @@ class Worker:
                 function = self._wanted(call_id, key, encoded)
                 port = ProcessPort(self, call_id)
             if shared:
-                args = self._decode_args(encoded, bool(flags & 1))
+                args = self._decode_args(encoded, flags)
             elif coded:
-                writable = bool(flags & 1)
-                args = [value if type(value) is not list else codec.decode(value, None, writable) for value in encoded]
+                args = [
+                    value if type(value) is not list else codec.decode(value, None, bool(flags >> number & 1))
+                    for number, value in enumerate(encoded)
+                ]
             else:
                 args = encoded
             del message, encoded  # what is decoded is not held beside what it was made from
@@ -507,6 +512,7 @@ class Worker:
         words[status.PHASE] = status.IDLE
         if port is not None:
             port.close()
+            self.item = None
             doubles = self.page.doubles
             doubles[status.DONE] = doubles[status.TOTAL] = 0.0
         try:

@@ -55,10 +55,10 @@ class Views:
     def from_options(cls, graph: StageGraph, options: dict[str, Any], given: FailedInput) -> Self:
         """Take our options out of `options`; what cannot be had (a file, a port) is a UsageError, before anything runs.
 
-        `given` is what is known of the input of any attempt of this run.
+        An option that is not there was not given. `given` is what is known of the input of any attempt of this run.
         """
         names = ("progress", "report", "trace", "save_failed", "metrics_port", "ui")
-        wanted = {name: options.pop(name) for name in names}
+        wanted = {name: options.pop(name, None) for name in names}
         views = cls()
         try:
             views._attach(graph, wanted, given)
