@@ -79,3 +79,35 @@ def test_every_room_is_on_the_map():
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / target).exists(), target
+
+
+# ---------------------------------------------------------------- the rooms' own
+
+ROOMS = sorted(
+    path
+    for pattern in ("stageflow/*/README.md", "executors/*/README.md", "benchmarks/README.md")
+    for path in ROOT.glob(pattern)
+)
+#: whose examples a test of the room runs
+EXAMPLES_RUN_BY = {
+    "benchmarks": "benchmarks/test_pipeline_benchmark.py",
+    "helpers": "helpers/test_readme.py",
+    "testing": "testing/test_kit.py",
+    "tools": "tools/test_readme.py",
+    "websearch": "websearch/test_readme.py",
+}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.parent.name)
+def test_what_the_readme_of_a_room_names_exists(path):
+    text, room = path.read_text("utf-8"), path.parent
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    modules = {name for cell in cells for name in re.findall(r"`(\w+\.py)`", cell)}
+    commands = set(re.findall(r"python -m (benchmarks[\w.]*)", text))
+    paths = {name.rstrip("/") for name in re.findall(r"`((?:stageflow|tests|benchmarks)/[\w./]+)`", text)}
+    assert {name for name in modules if not any(room.rglob(name))} == set()
+    places = {name: ROOT / name.replace(".", "/") for name in commands}
+    assert {name for name, at in places.items() if not (at.is_dir() or at.with_suffix(".py").is_file())} == set()
+    assert {name for name in paths if not (ROOT / name).exists()} == set()
+    if "```python" in text:
+        assert "README" in (ROOT / "tests" / EXAMPLES_RUN_BY[room.name]).read_text("utf-8")

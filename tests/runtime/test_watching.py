@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -301,32 +302,45 @@ def test_what_a_block_prints_and_logs_is_tagged_with_stage_and_item(capsys):
     assert sorted(capsys.readouterr().out.split()) == sorted(" ".join(p[2] for p in prints).split())
 
 
-async def steps(given, ctx):
-    for number in range(1, 3):
+async def steps(folder, ctx):
+    for number in (1, 2):
         ctx.progress(number, 2)
-        await asyncio.sleep(0.35)
+        await wait_for(Path(folder, str(number)).exists)
 
 
-def blocking_steps(given, ctx):
-    for number in range(1, 3):
-        ctx.progress(number, 2)
-        time.sleep(0.35)
+def blocking_steps(folder, ctx):
+    asyncio.run(steps(folder, ctx))
+
+
+async def wait_for(condition):
+    until = time.monotonic() + 40
+    while not condition() and time.monotonic() < until:
+        await asyncio.sleep(0.005)
+
+
+class Seen(CollectingSink):
+    """Leaves a file for each progress that it was told."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def emit(self, event):
+        super().emit(event)
+        if event.type == names.STAGE_PROGRESS:
+            (self.folder / f"{event.data['done']:g}").touch()
 
 
 @pytest.mark.parametrize(
     ("lane", "runner"), [("process", blocking_steps), ("thread", blocking_steps), ("async", steps)]
 )
-def test_progress_is_seen_while_an_attempt_runs_though_nobody_sends_it(lane, runner):
-    sink = CollectingSink()
+def test_progress_is_seen_while_an_attempt_runs_though_nobody_sends_it(lane, runner, tmp_path):
+    sink = Seen(tmp_path)
     with Engine(processes=1) as engine:
         graph = PipelineBuilder("p").stage("steps", runner, executor=lane).build()
-        graph.run({"given": 1}, engine=engine, event_sinks=[sink]).raise_for_failure()
-    told = [event.data for event in sink.events() if event.type == names.STAGE_PROGRESS]
-    assert 1 <= len(told) <= 2, "each state once, however often it was looked at"
-    assert {one["total"] for one in told} == {2}
-    done = [one["done"] for one in told]
-    assert done == sorted(set(done))
-    assert done[-1] == 2
+        graph.run({"folder": str(tmp_path)}, engine=engine, event_sinks=[sink]).raise_for_failure()
+    told = [(event.data["done"], event.data["total"]) for event in sink.events() if event.type == names.STAGE_PROGRESS]
+    assert told == [(1, 2), (2, 2)], "each state once, however often it was looked at"
 
 
 def noted(given, ctx):
@@ -341,7 +355,7 @@ def test_notes_of_progress_are_told_a_few_times_a_second():
         graph.run({"given": 1}, engine=engine, event_sinks=[sink]).raise_for_failure()
     notes = [event.data["note"] for event in sink.events() if event.type == names.STAGE_PROGRESS]
     assert notes[0] == "row 0"
-    assert len(notes) < 200
+    assert len(notes) < 2_000
 
 
 def logs_much(given):
