@@ -71,7 +71,8 @@ class StageCode:
         self._modules = modules
         self._traced: tuple[Shipped, Shipped] | None = None
         self.gathers = gathers
-        self.writable = policies is not None and policies.writable
+        #: arguments of a call in the process lane that are given as private pages, as bits
+        self.writable = self.writable_from(2)
         #: nothing of its values, its run or its policies needs a look when a call of it is made in a worker
         self.bare = not (self.passes_snapshot or gathers or policies is None or not policies.quiet())
         self._gathered: dict[int, Shipped] = {}
@@ -84,8 +85,8 @@ class StageCode:
             self._gathered[shipped.key] = found
         return found
 
-    def writable(self, first: int) -> int:
-        """The arguments that a call in the process lane gives as private pages; values stand from `first` on."""
+    def writable_from(self, first: int) -> int:
+        """The same of a call whose values stand from argument `first` on."""
         own = self.program.own
         if own is None:
             return 0

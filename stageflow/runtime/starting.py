@@ -197,7 +197,7 @@ class Starting(DriverCounters):
                 args,
                 action.short,
                 action.alone,
-                code.writable(2),
+                code.writable,
             )
         except Exception as error:
             self._refuse(running, error)
@@ -253,7 +253,7 @@ class Starting(DriverCounters):
                 (header, snapshot, pieces, *commons, *lists),
                 action.short,
                 action.alone,
-                code.writable(3),
+                code.writable_from(3),
             )
         except Exception as error:
             self._refuse(running, error)
@@ -317,7 +317,7 @@ class Starting(DriverCounters):
                 writable = -1  # accumulators belong to their fold, which may change them in place
             else:
                 commons = self._values(job, code.sources, lane, executor, many=True)
-                writable = code.writable(4)
+                writable = code.writable_from(4)
                 if action.accumulators:
                     writable |= 1 << (4 + len(commons)) if len(commons) < 48 else -1
                     commons.append(handles[action.accumulators[0]].form(lane == "process"))
