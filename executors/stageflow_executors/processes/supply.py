@@ -39,6 +39,7 @@ from stageflow_executors.shm.lease import Books
 
 MAX_FAILED_STARTS: Final = 3
 RETRY_STARTS_AFTER: Final = 1.0
+STANDS_IN: Final = 5.0  #: seconds for which a worker that stood in is kept: calls that stand still do so in turns
 FAREWELL: Final = 1.0  #: seconds that idle workers have to leave in order; the others are killed
 PARENT: Final = 0  #: the parent's number as an owner of segments
 
@@ -96,6 +97,7 @@ class WorkerSupply(ServerLink):
         self.idle: list[WorkerHandle] = []
         self.waiting: deque[Borrower] = deque()
         self.standing = 0  # calls that stand still: for each there may be a worker more
+        self._stood_at = 0.0  # when that last changed
         self.lanes: list[Borrower] = []
         self.closed = False
         self.broken: str | None = None
@@ -306,6 +308,7 @@ class WorkerSupply(ServerLink):
         """So many calls more (or less) stand still in their workers, which others may stand in for."""
         with self.lock:
             self.standing += more
+            self._stood_at = time.monotonic()
 
     def should_give_back(self, lane: Borrower) -> bool:
         """Do other lanes wait that have fewer workers than `lane`, or none? Cheap when nobody waits."""
@@ -323,7 +326,8 @@ class WorkerSupply(ServerLink):
             if worker.removed:
                 return
             worker.idle_since = time.monotonic()
-            if len(self.workers) > self.max_workers + self.standing:
+            surplus = len(self.workers) > self.max_workers + self.standing
+            if surplus and worker.idle_since - self._stood_at > STANDS_IN:
                 self.dismiss(worker)  # it stood in for a call that went on
             elif self.waiting:
                 granted = self.waiting.popleft()
