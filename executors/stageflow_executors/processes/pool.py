@@ -99,7 +99,7 @@ class ProcessExecutor(Hearing):
         if not self._queue and self._send_at_once(task):
             return
         self._queue.append(task)
-        if self._idle or (len(self._lent) < self._slots and not self._asked):
+        if self._idle or (len(self._lent) < self._slots + self._standing and not self._asked):
             self._dispatch()
         elif task.short and not self._looks_later:
             # no worker is without work: what else comes in this turn of the loop may share its frame
