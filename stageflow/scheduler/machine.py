@@ -44,6 +44,7 @@ from stageflow.scheduler.timers import TimerRules
 
 _S = StageState
 _COMPLETED: Final = act.Completed
+_ENDED: Final = sig.AttemptEnded
 
 
 class Machine(
@@ -137,7 +138,7 @@ class Machine(
 
     def handle_all(self, signals: list[Any], now: float) -> list[Any]:
         """Take several signals of one loop turn; dispatch once."""
-        if self.unrolled and len(signals) == 1:
+        if self.unrolled and len(signals) == 1 and type(signals[0]) is _ENDED:
             done = self._hand_on(signals[0], now)
             if done is not None:
                 return done
@@ -368,7 +369,7 @@ class Machine(
         heap, fifo = lane.heap, lane.fifo
         unrolled = self.unrolled
         while fifo or heap:
-            if unrolled and self._start_plain(lane):
+            if unrolled and (heap or fifo)[0][6] is None and self._start_plain(lane):  # [6]: the stream, if it is one
                 return
             if lane.used >= lane.slots:
                 _, _, _, _, run, stage, stream, _ = lane.first()
@@ -429,11 +430,11 @@ class Machine(
     def _goes_ahead(self, lane: Lane, used: int, run: Run, stage: int, stream: Stream | None) -> bool:
         """Whether it may be handed over although `used` of a lane's slots, which is all or more, are taken."""
         ahead = self.ahead.get(lane.name, 1) * lane.slots
-        if used >= ahead * BRIEF_TIMES or ahead <= lane.slots or not self._is_short(run, stage, stream):
-            return False
         if used < ahead:
-            return True
-        return stream is None and self.seconds.get((run.layout.key, stage), 1.0) < BRIEF_SECONDS
+            return self._is_short(run, stage, stream)
+        if stream is not None or used >= ahead * BRIEF_TIMES or ahead <= lane.slots:
+            return False
+        return self.seconds.get((run.layout.key, stage), 1.0) < BRIEF_SECONDS and self._is_short(run, stage, None)
 
     def _admit(self, run: Run, stage: int, lane: Lane, entry: Any, now: float) -> bool:
         """Ask the limits of a stage; when refused, the entry waits at the limit that refused it."""

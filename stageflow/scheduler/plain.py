@@ -33,11 +33,11 @@ class PlainRules:
 
     _stirred: Lane | None  # where one of them ended or came ready in this turn
 
-    def _hand_on(self: Machine, signal: Any, now: float) -> list[Any] | None:
+    def _hand_on(self: Machine, signal: sig.AttemptEnded, now: float) -> list[Any] | None:
         """A turn in which all that happened is that one plain stage ended well, by which one other came ready, in a
         lane in which nothing waits: every turn of a chain. `_take_plain` and `_start_plain`, with no queue between
         them. None, and nothing was touched, if it is not such a turn."""
-        if type(signal) is not _ENDED or signal.status != "ok" or signal.route is not None or signal.skip_hint:
+        if signal.status != "ok" or signal.route is not None or signal.skip_hint:
             return None
         tasks = self.tasks
         task = tasks.get(signal.task)
@@ -102,6 +102,8 @@ class PlainRules:
         crosses = name == "process"
         while fifo or heap:
             used = lane.used
+            if used >= slots and name not in self.ahead:
+                return True
             entry = lane.first() if heap else fifo[0]
             _, _, _, _, run, stage, _, since = entry
             layout = run.layout
