@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from stageflow.core.errors import NotShippableError
 from stageflow.core.executor import Outcome, OutcomeKind
+from stageflow.core.output import ErrorInfo
 from stageflow.events import names
+from stageflow.runtime.job import Job
 from stageflow.runtime.running import DriverCounters, Running
 from stageflow.scheduler import actions as act
 
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
 
+_ARGUMENT: Final = re.compile(r"argument (\d+)")
+_POSITION: Final = re.compile(r"^\[\d+\]")  # of the element in its block
 _log = logging.getLogger("stageflow")
 
 
@@ -39,7 +44,7 @@ class Moving(DriverCounters):
         if block and sum(_count(segment) for segment in action.segments) > 1:
             return False
         name = job.graph.specs[action.stage].name
-        reason = outcome.error.message if outcome.error is not None else "it cannot be sent"
+        reason = named(job, running.action, outcome.error).message if outcome.error is not None else "it cannot be sent"
         action = msgspec.structs.replace(action, lane="thread")
         if job.listening:
             data = {"lane": "thread", "reason": reason}
@@ -54,6 +59,25 @@ class Moving(DriverCounters):
         else:
             self._start_attempt(action, told=True)
         return True
+
+
+def named(job: Job, action: Any, info: ErrorInfo) -> ErrorInfo:
+    """`info` with the number of an argument that cannot be sent told as what its author calls it."""
+    found = _ARGUMENT.match(info.message) if info.code == NotShippableError.code else None
+    if found is None or type(action) is act.StartFold or job.graph.specs[action.stage].form == "graph":
+        return info
+    slots = job.code.stage(action.stage).program.plan.slots
+    block = type(action) is act.StartBlock
+    place = int(found[1]) - (3 if block else 2)
+    rest = info.message[found.end() :]
+    if 0 <= place < len(slots):
+        slot = slots[place]
+        what = f"the value of stage {slot.name!r}" if slot.is_stage else f"input {slot.name!r}"
+    elif block and place >= 0:
+        what, rest = "the element", _POSITION.sub("", rest, count=1)
+    else:
+        return info
+    return msgspec.structs.replace(info, message=f"{what}{rest}")
 
 
 def _count(segment: tuple[int, int, int, object]) -> int:

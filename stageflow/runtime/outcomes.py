@@ -20,6 +20,7 @@ from stageflow.core.failure import capture
 from stageflow.core.kinds import StageKind, StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.runtime.job import Job
+from stageflow.runtime.moving import named
 from stageflow.runtime.paths import located, of_block, of_results
 from stageflow.runtime.result import Abandoned
 from stageflow.runtime.running import DriverCounters, Running
@@ -247,7 +248,7 @@ class Outcomes(DriverCounters):
         kind = outcome.kind
         info = outcome.error
         if info is not None:
-            info = _located(info, action.lane, outcome.worker_pid, action.attempt)
+            info = named(job, action, _located(info, action.lane, outcome.worker_pid, action.attempt))
         if kind == OutcomeKind.LOST:
             ended.status, ended.error, ended.suspect = "lost", info, outcome.suspect
             self._run_survivors(job, action.task)
@@ -437,7 +438,7 @@ class Outcomes(DriverCounters):
             self.failing.note(running.job, action)
         info = outcome.error
         if info is not None:
-            info = _located(info, action.lane, outcome.worker_pid, action.attempt)
+            info = named(running.job, action, _located(info, action.lane, outcome.worker_pid, action.attempt))
         part.error = info
         if action.stage in running.job.code.nested:
             part.paths = of_block(action.segments, running.job.book.handles)

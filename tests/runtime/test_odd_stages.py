@@ -251,3 +251,14 @@ def test_what_cannot_be_sent_fails_where_the_author_chose_the_lane(engine):
     with Engine(processes=1, placement={"transform": "process"}) as operated:
         graph = PipelineBuilder("p").stage("one", kind_of, kind="transform").build()
         assert "cannot cross" in operated.run(graph, {"thing": threading.Lock()}).outputs["one"].error
+
+
+def test_what_cannot_be_sent_is_called_as_its_author_calls_it(engine):
+    held = {"deep": [threading.Lock()]}
+    graph = PipelineBuilder("p").stage("one", kind_of, executor="process").build()
+    assert engine.run(graph, {"thing": held}).outputs["one"].error.startswith("input 'thing'['deep'][0] cannot cross")
+    graph = PipelineBuilder("p").stage("made", lambda: held).stage("one", lambda made: 1, executor="process").build()
+    assert engine.run(graph).outputs["one"].error.startswith("the value of stage 'made'['deep'][0] cannot cross")
+    (failure,) = mapped(engine, kind_of, [1, 2, held], "process").failures.failures
+    assert failure.item == (2,)
+    assert failure.error.startswith("the element['deep'][0] cannot cross")
