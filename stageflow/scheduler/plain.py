@@ -37,16 +37,24 @@ class PlainRules:
         """A turn in which all that happened is that one plain stage ended well, by which one other came ready, in a
         lane in which nothing waits: every turn of a chain. `_take_plain` and `_start_plain`, with no queue between
         them. None, and nothing was touched, if it is not such a turn."""
-        if signal.status != "ok" or signal.route is not None or signal.skip_hint:
+        task = self.tasks.get(signal.task)
+        if task is None:
             return None
-        tasks = self.tasks
-        task = tasks.get(signal.task)
-        if task is None or task.stopping is not None or task.spawning:
+        run, stage = task.run, task.stage
+        layout = run.layout
+        dependents = layout.dependents[stage]
+        if (
+            len(dependents) != 1
+            or signal.status != "ok"
+            or signal.route is not None
+            or signal.skip_hint
+            or task.stopping is not None
+            or task.spawning
+        ):
             return None
-        run, stage, name = task.run, task.stage, task.lane
-        layout, waiting, state = run.layout, run.waiting, run.state
-        dependents, simple, lane = layout.dependents[stage], layout.simple, self.lanes[name]
-        if len(dependents) != 1 or not simple[stage] or not run.plain or run.ending is not None or run.deaths:
+        tasks, name = self.tasks, task.lane
+        waiting, state, simple, lane = run.waiting, run.state, layout.simple, self.lanes[name]
+        if not simple[stage] or not run.plain or run.ending is not None or run.deaths:
             return None
         (after,) = dependents
         if (
