@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
@@ -15,6 +16,7 @@ _EXIT: Final = {signal.SIGTERM: 143}
 _NOT_USERS: Final = ("stageflow", "stageflow_executors", "asyncio", "uvloop", "selectors", "threading", "contextlib")
 if hasattr(signal, "SIGHUP"):
     _EXIT[signal.SIGHUP] = 129
+DEAF: Final = 0.05  # seconds without a turn after which the loop counts as held up
 
 
 class Interrupt:
@@ -28,7 +30,8 @@ class Interrupt:
         self._installed: list[signal.Signals] = []
         self._asked: signal.Signals | None = None
         self._count = 0
-        self._unheard = 0  # signals since the loop last heard of one
+        self._unheard = 0  # signals since the loop last heard of one, and when the first of them came
+        self._since = 0.0
         self._restore: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -50,9 +53,15 @@ class Interrupt:
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         """A signal, whether or not the loop gets to hear of it."""
         self._unheard += 1
+        now = time.monotonic()
+        if self._unheard == 1:
+            self._since = now
         if self._unheard > 2:
             _end_process(number)
-        elif self._unheard == 2 and number == signal.SIGINT and _is_users(frame):
+        elif self._unheard == 2 and number == signal.SIGINT and now - self._since > DEAF and _is_users(frame):
+            if self._asked is None:  # before the failure of the stage, or the run would end by that
+                self._asked = signal.SIGINT
+                self._stop(_reason(signal.SIGINT), False)
             raise KeyboardInterrupt
 
     def _received(self, number: signal.Signals) -> None:
@@ -63,7 +72,7 @@ class Interrupt:
         if self._count > 2:
             # whatever keeps the run from ending, a third signal ends the process as if nobody had caught it
             _end_process(number)
-        self._stop(f"interrupted by {signal.Signals(number).name}", force)
+        self._stop(_reason(number), force)
 
     def __exit__(self, *exc: object) -> None:
         for number in self._installed:
@@ -83,6 +92,10 @@ class Interrupt:
             error = SystemExit(_EXIT[self._asked])
         error.result = result  # type: ignore[union-attr, attr-defined, unused-ignore]
         raise error
+
+
+def _reason(number: int) -> str:
+    return f"interrupted by {signal.Signals(number).name}"
 
 
 def _end_process(number: int) -> None:

@@ -143,13 +143,16 @@ class Telling(DriverCounters):
 
     def _book_failure(self: Driver, job: Job, name: str, action: act.Emit) -> dict[str, Any]:
         info: ErrorInfo = action.data["error_info"]
+        listed = False
         if action.item is None:
             known = job.book.ends.get(action.stage)
             if known is None or known.error_info is None or known.error_info.message != info.message:
                 job.book.failure(action.stage, info)
+            # an item whose failure ended the run is in the list already
+            listed = any(record.error_info is info and record.item is not None for record in job.failures)
         else:
             job.failed_items += 1
-        if len(job.failures) < KEPT_FAILURES:
+        if len(job.failures) < KEPT_FAILURES and not listed:
             job.failures.append(
                 FailureRecord(
                     stage=name,

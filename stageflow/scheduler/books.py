@@ -62,6 +62,7 @@ class Run:
         "blocked_by",
         "cancelled_items",
         "clean",
+        "culprit",
         "deaths",
         "decisions",
         "ending",
@@ -140,6 +141,7 @@ class Run:
         self.clean = True  # nothing has failed
         self.plain = True  # nothing has failed or been skipped: readiness needs no look at the dependencies
         self.queued = 0  # entries of this run that wait for a slot or at a limit
+        self.culprit = -1  # the stage whose lost item ended the run
         self.ending: str | None = None
         self.reason: str | None = None
         self.error: ErrorInfo | None = None

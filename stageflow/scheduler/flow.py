@@ -21,7 +21,7 @@ from stageflow.scheduler import signals as sig
 from stageflow.scheduler.backpressure import SPILL_SHARE
 from stageflow.scheduler.books import Run
 from stageflow.scheduler.layout import BRIEF, MAX_BLOCK
-from stageflow.scheduler.ranges import NOTHING, TOO_LARGE, end_of
+from stageflow.scheduler.ranges import NOTHING, TOO_LARGE, end_of, failure_data
 from stageflow.scheduler.states import ENDED, StageState
 from stageflow.scheduler.streams import NEAR_SECONDS, Chunk, Fold, Frontier, Join, Segment, Stream
 
@@ -403,9 +403,13 @@ class FlowRules:
             self._tell_rest(run, stream, stopped, now)
             if run.state[stage] < ENDED and stream.flowing:
                 stream.waits_for("", now)
-                run.state[stage] = _S.CANCELLED
-                data = {**self._totals(run, stream, stopped, now), "reason": run.reason}
-                self._emit("stage.cancelled", run, stage, data=data)
+                totals = self._totals(run, stream, stopped, now)
+                if stage == run.culprit and run.error is not None:
+                    run.state[stage] = _S.FAILED
+                    self._emit("stage.failed", run, stage, data={**totals, **failure_data(run.error)})
+                else:
+                    run.state[stage] = _S.CANCELLED
+                    self._emit("stage.cancelled", run, stage, data={**totals, "reason": run.reason})
 
     def _collector_over(self: Machine, run: Run, producer: int) -> None:
         """A stage that needed a stream as a whole has ended."""

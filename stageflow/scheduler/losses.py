@@ -18,7 +18,7 @@ from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
 from stageflow.scheduler.outcomes import blamed, is_final, measured, timeout_info
-from stageflow.scheduler.ranges import indices_of, no_reason, path_of
+from stageflow.scheduler.ranges import failure_data, indices_of, no_reason, path_of
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Segment, Stream
 
@@ -87,7 +87,7 @@ class LossRules:
             stage,
             item=path,
             attempt=attempt,
-            data={"error": info.message, "error_type": info.type, "retryable": info.retryable, "error_info": info},
+            data=failure_data(info),
         )
         if policies.max_failed_items is not None:
             stream.last_failure = info
@@ -95,6 +95,8 @@ class LossRules:
         elif self._mode(run, stage) == "fail_fast":
             name = run.layout.name(stage)
             where = f" at item {list(path)}" if path else ""
+            if run.ending is None:
+                run.culprit = stage
             self._end_run(run, "failed", f"stage {name!r} failed{where}: {info.message}", now, info)
 
     def _check_budget(self: Machine, run: Run, stream: Stream, now: float) -> bool:

@@ -15,6 +15,7 @@ import msgspec
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
+from stageflow.scheduler.ranges import failure_data
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.stops import stopped_info
 
@@ -244,9 +245,7 @@ class OutcomeRules:
         if not moved:
             self._move(run, stage, _S.FAILED)
         run.clean = run.plain = False
-        data: dict[str, Any] = {
-            "error": error.message, "error_type": error.type, "retryable": error.retryable, "error_info": error,
-        }  # fmt: skip
+        data = failure_data(error)
         if run.waits and stage in run.waits:
             data["wait"] = run.waits.pop(stage)
         self._emit("stage.failed", run, stage, attempt=attempt, data=data)

@@ -22,6 +22,13 @@ def no_reason() -> ErrorInfo:
     return ErrorInfo(type="Exception", message="failed without a reason")
 
 
+def failure_data(error: ErrorInfo) -> dict[str, Any]:
+    """What a `stage.failed` says of the error."""
+    return {
+        "error": error.message, "error_type": error.type, "retryable": error.retryable, "error_info": error,
+    }  # fmt: skip
+
+
 def is_gone(stream: Stream) -> bool:
     """Whether the stage takes no more items."""
     return stream.ended or stream.shedding

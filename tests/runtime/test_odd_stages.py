@@ -262,3 +262,30 @@ def test_what_cannot_be_sent_is_called_as_its_author_calls_it(engine):
     (failure,) = mapped(engine, kind_of, [1, 2, held], "process").failures.failures
     assert failure.item == (2,)
     assert failure.error.startswith("the element['deep'][0] cannot cross")
+
+
+def three_is_too_many(xs):
+    if xs == 3:
+        raise ValueError("three")
+    return xs
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_map_that_ends_the_run_by_a_failed_item_has_failed_itself(lane):
+    graph = (
+        PipelineBuilder("p", inputs={"xs": list})
+        .map("m", three_is_too_many, over="xs")
+        .stage("after", lambda m: len(list(m)))
+        .build()
+    )
+    result = graph.run({"xs": list(range(10))}, lane=lane)
+    output = result.outputs["m"]
+    assert (result.status, output.status, output.error, output.error_info.type) == (
+        "failed",
+        "fail",
+        "three",
+        "ValueError",
+    )
+    assert result.outputs["after"].status == "cancel"
+    assert [(failure.stage, failure.item) for failure in result.failures.failures] == [("m", (3,))]
+    assert (result.failures.failed_stages, result.failures.failed_items, result.stats["m"].failed) == (1, 1, 1)
