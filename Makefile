@@ -65,6 +65,7 @@ clean:
 $(VENV)/.web: $(VENV)/.made pyproject.toml
 	@echo "installing stageflow[web] into $(VENV)"
 	@$(PIP) -e '.[web]'
+	@$(BIN)/python -m compileall -q stageflow executors  # as pip does for what it copies: else the first job would
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
