@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any, Final
 
+from benchmarks.executors.bare_grid import bare_grid
 from benchmarks.harness import Row, Scenario, Sides
 from benchmarks.measures.common import engine_on_loop, enter, standard_pool
 from benchmarks.peers import WORKERS, dask_here
@@ -246,6 +247,7 @@ def _open(scale: float) -> Iterator[Sides]:
         systems: dict[str, Callable[[Grid, int], None]] = {
             "stageflow": on_engine,
             "ppe": lambda cells, loops: on_futures(pool, cells, loops),
+            "bare": stack.enter_context(bare_grid(runner, WORKERS)),
         }
         if client is not None:
             systems["dask"] = lambda cells, loops: on_dask(client, cells, loops)
@@ -295,6 +297,17 @@ SCENARIOS = (
                 bar=bar,
             )
             for label, peer, bar in (("concurrent.futures", "ppe", 0.25), ("Dask", "dask", 0.02))
+            for pattern in PATTERNS
+        )
+        + tuple(
+            Row(
+                id="M1",
+                what=f"METG(50 %), {pattern}, bare frames, no engine (limit)",
+                against=label,
+                over=f"{pattern}/bare",
+                under=f"{pattern}/{peer}",
+            )
+            for label, peer in (("concurrent.futures", "ppe"), ("Dask", "dask"))
             for pattern in PATTERNS
         ),
     ),

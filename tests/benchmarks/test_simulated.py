@@ -1,10 +1,12 @@
 """The machine on paper: it keeps its books, and the scheduler on it meets bounds that can be computed."""
 
+import asyncio
 from itertools import pairwise
 
 import pytest
 
 from benchmarks import metg, scale, shapes, svg
+from benchmarks.executors.bare_grid import bare_grid
 from benchmarks.simulated import Simulation, layout_of, lower_bound, stream_layout
 
 
@@ -86,3 +88,15 @@ def test_the_plot_has_a_line_for_every_system():
     text = svg.curves({"fft": {"ours": [(1e-4, 0.2), (1e-2, 0.9)], "peer": [(1e-3, 0.1)]}}, title="a < b")
     assert text.count("<polyline") == 2
     assert "a &lt; b" in text
+
+
+def test_bare_frames_carry_the_values_that_the_tasks_give():
+    cells = metg.grid("stencil_1d")
+    before: list[int] = []
+    expected: list[int] = []
+    for points in cells:
+        before = [metg.TASKS[len(deps)](9, *(before[dep] for dep in deps)) for deps in points]
+        expected += before
+    with asyncio.Runner() as runner, bare_grid(runner, 2) as run:
+        assert run(cells, 9) == expected
+        assert run(cells, 9) == expected
