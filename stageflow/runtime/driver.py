@@ -2,8 +2,7 @@
 actions.
 
 One driver per engine and event loop; it serves all runs of the engine on that loop. Decides nothing. Not thread-safe:
-every method is
-called on its loop's thread, except `cancel_threadsafe`.
+every method is called on its loop's thread, except `cancel_threadsafe`.
 """
 
 from __future__ import annotations
@@ -382,10 +381,6 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
         finally:
             handle.cancel()
 
-    # ------------------------------------------------------------ outcomes
-
-    # ------------------------------------------------------------ subpipelines
-
     # ------------------------------------------------------------ the other actions
 
     def _stop_attempt(self, action: act.StopAttempt) -> None:
@@ -503,9 +498,3 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
         job.book.put(
             action.stage, payload if payload is not None else values.load(), encoded=payload is not None, meta=None
         )
-
-    # ------------------------------------------------------------ sources
-
-    # ------------------------------------------------------------ predicates
-
-    # ------------------------------------------------------------ events
