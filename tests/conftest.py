@@ -91,6 +91,8 @@ def _bounded(item: pytest.Item) -> Generator[None, Any, Any]:
             dumped = True
             _dump(item, limit, out)
         message = f"timeout: still running after {limit:g} s (every stack is on standard error)"
+        # Only now: one that came while the stacks are written would cut them off.
+        signal.setitimer(signal.ITIMER_REAL, REPEAT)
         if _async_test is not None and _async_test.task is not None:
             # uvloop logs what a signal handler raises while it waits, and waits on: there the cancellation ends it.
             _async_test.expired = message
@@ -101,7 +103,7 @@ def _bounded(item: pytest.Item) -> Generator[None, Any, Any]:
     previous: Any = None
     if soft:
         previous = signal.signal(signal.SIGALRM, expired)
-        signal.setitimer(signal.ITIMER_REAL, limit, REPEAT)
+        signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         return (yield)
     finally:

@@ -82,9 +82,11 @@ def test_ci_runs_what_a_contributor_runs():
     assert lines[-1] == "exec make test"
 
 
-def run_pytest(folder: Path, source: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(folder: Path, source: str, repeat: float = 2.0) -> subprocess.CompletedProcess[str]:
     """Run the given test file under this project's conftest in a fresh interpreter."""
-    (folder / "conftest.py").write_text(CONFTEST.read_text("utf-8"), "utf-8")
+    conftest = CONFTEST.read_text("utf-8")
+    assert "\nREPEAT = 2.0\n" in conftest
+    (folder / "conftest.py").write_text(conftest.replace("\nREPEAT = 2.0\n", f"\nREPEAT = {repeat}\n"), "utf-8")
     (folder / "test_it.py").write_text(source, "utf-8")
     markers = ["[pytest]", "markers =", "    timeout(seconds): limit", "    uvloop: loop"]
     (folder / "pytest.ini").write_text("\n".join(markers) + "\n", "utf-8")
@@ -92,76 +94,63 @@ def run_pytest(folder: Path, source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=50, check=False)
 
 
-HANGS = {
-    "thread": """
-import threading, pytest
+HANGING = """
+import asyncio, threading, time
+import pytest, uvloop
 
-def stuck_helper(event):
-    event.wait()
-
-@pytest.mark.timeout(0.3)
-def test_hangs():
+@pytest.mark.timeout(0.5)
+def test_thread():
+    def stuck_in_thread():
+        event.wait()
     event = threading.Event()
-    threading.Thread(target=stuck_helper, args=(event,), daemon=True).start()
+    threading.Thread(target=stuck_in_thread, daemon=True).start()
     event.wait()
-""",
-    "asyncio": """
-import asyncio, pytest
 
-async def stuck_helper():
-    await asyncio.Event().wait()
-
-@pytest.mark.timeout(0.3)
-async def test_hangs():
-    await asyncio.create_task(stuck_helper())
-""",
-    "uvloop": """
-import asyncio, pytest
-
-async def stuck_helper():
-    await asyncio.Event().wait()
+@pytest.mark.timeout(0.5)
+async def test_asyncio():
+    async def stuck_in_asyncio():
+        await asyncio.Event().wait()
+    await asyncio.create_task(stuck_in_asyncio())
 
 @pytest.mark.uvloop
-@pytest.mark.timeout(0.3)
-async def test_hangs():
-    await asyncio.create_task(stuck_helper())
-""",
-    "blocked loop": """
-import time, pytest
-
-def stuck_helper():
-    time.sleep(60)
+@pytest.mark.timeout(0.5)
+async def test_uvloop():
+    async def stuck_in_uvloop():
+        await asyncio.Event().wait()
+    await asyncio.create_task(stuck_in_uvloop())
 
 @pytest.mark.uvloop
-@pytest.mark.timeout(0.3)
-async def test_hangs():
-    stuck_helper()
-""",
-    "swallower": """
-import time, pytest
-
-def stuck_helper():
-    try:
+@pytest.mark.timeout(0.5)
+async def test_blocked_loop():
+    def stuck_in_blocked_loop():
         time.sleep(60)
-    except BaseException:
-        pass
-    time.sleep(60)
+    stuck_in_blocked_loop()
 
-@pytest.mark.timeout(0.3)
-def test_hangs():
-    stuck_helper()
-""",
-}
+@pytest.mark.timeout(0.5)
+def test_swallower():
+    def stuck_in_swallower():
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+        time.sleep(60)
+    stuck_in_swallower()
+
+def test_next():
+    assert True
+"""
 
 
-@pytest.mark.parametrize("kind", sorted(HANGS))
-def test_a_hanging_test_fails_with_every_stack_and_the_next_one_runs(kind, tmp_path):
-    result = run_pytest(tmp_path, HANGS[kind] + "\ndef test_next():\n    assert True\n")
+def test_a_hanging_test_fails_with_every_stack_and_the_next_one_runs(tmp_path):
+    result = run_pytest(tmp_path, HANGING, repeat=0.5)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "1 failed, 1 passed" in result.stdout
-    assert "still running after 0.3 s" in result.stdout
-    assert "test_hangs" in result.stderr
-    assert "stuck_helper" in result.stderr
+    assert "5 failed, 1 passed" in result.stdout, result.stdout + result.stderr
+    for kind in ("thread", "asyncio", "uvloop", "blocked_loop", "swallower"):
+        shown, _, stacks = result.stderr.partition(f"test_{kind} is still running after 0.5 s")
+        assert stacks, result.stderr
+        assert f"stuck_in_{kind}" in stacks
+        assert f"stuck_in_{kind}" not in shown
+    assert result.stdout.count("timeout: still running after 0.5 s (every stack is on standard error)") >= 5
 
 
 def test_async_tests_really_run_on_the_loop_they_ask_for(tmp_path):

@@ -169,10 +169,10 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
 
     def settled(self) -> None:
         """Tell a clock of its own how many attempts do something: not those that an interceptor lets wait, nor those
-        that wait for a run they have started."""
+        that wait for a run they have started. A source that was asked for items does something too."""
         if self._settled is None:
             return
-        tasks, busy = self.machine.tasks, 0
+        tasks, busy = self.machine.tasks, sum(run.pulling for run in self.machine.runs.values())
         for running in self.running.values():
             task = tasks.get(running.action.task)
             waits = running.claim is not None and running.claim.waits

@@ -1,7 +1,8 @@
 """A clock that jumps: hour-long backoffs and timeouts take no time, and the times a test sees are exact.
 
-Give it to an engine: `Engine(clock=VirtualClock())`. Time stands still while any attempt does something; when every
-attempt under way waits in `clock.sleep` (or none is under way), time jumps to the next timer or sleeper.
+Give it to an engine: `Engine(clock=VirtualClock())`. Time stands still while any attempt does something, or a source
+that was asked for items; when all that is under way waits in `clock.sleep` (or nothing is), time jumps to the next
+timer or sleeper.
 
 Worker processes have real time: by itself a virtual hour passes for the scheduler only while no process attempt runs.
 A test that knows one to be at work lets time pass by `advance`.
@@ -43,7 +44,7 @@ class _Line:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.heap: list[tuple[float, int, _Timer]] = []
-        self.active = 0  # attempts under way
+        self.active = 0  # attempts and sources under way
         self.asleep = 0  # of them, those in `sleep` or `block`
         self.looking = False
 

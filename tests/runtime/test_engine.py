@@ -184,7 +184,7 @@ def test_a_source_that_does_not_stop_is_named_in_the_result():
 
     def stuck():
         yield 1
-        clock.advance(60)
+        clock.advance(60)  # the run's time and the grace
         release.wait(30)
         yield 2
 

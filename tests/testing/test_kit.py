@@ -1,5 +1,6 @@
 """The testing kit does what it says: clock, scripted lane, sinks, assertions, stages, faults, golden files, plugin."""
 
+import asyncio
 import re
 import textwrap
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_time_stands_still_while_a_thread_works(stageflow_engine, virtual_clock)
     graph = PipelineBuilder("p").stage("w", works).stage("s", SlowStage(3, clock=virtual_clock)).build()
     assert stageflow_engine.run(graph).success
     assert seen == [5.0]
+
+
+def test_time_stands_still_while_a_source_works(stageflow_engine, virtual_clock):
+    async def turns():
+        for _ in range(20):  # more than time takes to jump
+            await asyncio.sleep(0)
+
+    def source():
+        (line,) = virtual_clock._lines.values()
+        asyncio.run_coroutine_threadsafe(turns(), line.loop).result(20)
+        yield virtual_clock.now
+
+    graph = PipelineBuilder("p").stage("source", source).map("m", lambda x: x, "source", executor="inline").build()
+    result = stageflow_engine.run(graph, timeout=HOUR)
+    assert result.success, result.error
+    assert list(result.data("m")) == [0.0]
 
 
 # ---------------------------------------------------------------- a lane that the test dictates
