@@ -48,7 +48,7 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 class Sampler:
     """Takes the readings of one driver. `begin` with a run that somebody listens to; ends by itself without one."""
 
-    __slots__ = ("_busy", "_driver", "_due", "_look", "_since", "_timer", "_told")
+    __slots__ = ("_driver", "_due", "_look", "_since", "_spent", "_timer", "_told")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -57,12 +57,12 @@ class Sampler:
         self._told: dict[int, tuple[float, float]] = {}  # call -> the progress that was told last
         self._due = 0.0
         self._since = 0.0
-        self._busy = 0.0
+        self._spent: dict[int, float] = {}  # process -> the CPU seconds it had at the last reading
 
     def begin(self) -> None:
         """There is a run to be watched."""
         if self._timer is None:
-            self._since, self._busy = time.monotonic(), 0.0
+            self._since, self._spent = time.monotonic(), {}
             self._again()
             self._look = self._driver.loop.call_later(PROGRESS_EVERY, self._look_at_progress)
 
@@ -119,21 +119,22 @@ class Sampler:
         driver = self._driver
         now = time.monotonic()
         workers: dict[int, int] = {}
-        rss, busy = anonymous_bytes("self"), sum(os.times()[:2])
+        rss, spent = anonymous_bytes("self"), {0: sum(os.times()[:2])}
         supply = getattr(driver.engine, "_supply", None)
         for pid in (supply.idle_pids() if supply is not None else ())[:MOST_WORKERS]:
             workers[pid] = anonymous_bytes(pid)
-            busy += cpu_seconds(pid)
+            spent[pid] = cpu_seconds(pid)
         passed = max(now - self._since, 1e-3)
-        percent = max(0.0, busy - self._busy) / passed * 100.0 if self._busy else 0.0
+        # what a worker had spent before it was first seen is nothing of this while
+        percent = sum(max(0.0, s - self._spent.get(pid, s)) for pid, s in spent.items()) / passed
         lag = max(0.0, now - self._due)
-        self._since, self._busy = now, busy
+        self._since, self._spent = now, spent
         return {
             "rss_bytes": rss + sum(workers.values()),
             "live_bytes": driver.machine.live_bytes,
             "memory_limit": driver.memory_limit or None,
             "machine_available": available_bytes(),
-            "cpu_percent": round(percent, 1),
+            "cpu_percent": round(100.0 * percent, 1),
             "loop_lag_ms": round(lag * 1000.0, 3),
             "workers": workers,
         }

@@ -23,7 +23,7 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-async def gone(pids: list[int], seconds: float = 2.0) -> bool:
+async def gone(pids: list[int], seconds: float = 20.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if not any(alive(pid) for pid in pids):
@@ -71,6 +71,17 @@ class Holdings:
     shared: tuple[int, int] = field(default_factory=shared_memory)
     named: set[str] = field(default_factory=shm_entries)
 
+    def beyond(self, before: "Holdings") -> dict[str, Any]:
+        """What there is more of than before. What others left behind may go at any time."""
+        more = {
+            "children": self.children - before.children,
+            "descriptors": Counter(self.descriptors) - Counter(before.descriptors),
+            "threads": self.threads - before.threads,
+            "shared": [now for now, then in zip(self.shared, before.shared, strict=True) if now > then],
+            "named": self.named - before.named,
+        }
+        return {kind: what for kind, what in more.items() if what}
+
 
 @asynccontextmanager
 async def lane(**options: Any) -> AsyncIterator[ProcessExecutor]:
@@ -89,28 +100,27 @@ async def lane(**options: Any) -> AsyncIterator[ProcessExecutor]:
     assert not executor._tasks
     del executor
     gc.collect()
-    after = Holdings()
-    assert after == before, f"{before} became {after}"
+    assert Holdings().beyond(before) == {}
 
 
 PARENT = """
 import asyncio, os, subprocess, sys, time
 from stageflow_executors.processes.pool import ProcessExecutor
 
-def busy(data):
+def busy(data, sign):
     subprocess.Popen(["sleep", "60"]); subprocess.Popen(["sleep", "60"], start_new_session=True)
+    open(sign, "w").close()
     while True: pass
 
 async def main():
     async with ProcessExecutor(2, start_method=sys.argv[1]) as executor:
         await executor.submit(len, b"warm")
-        executor.submit(busy, bytes(1 << 20))
-        while not executor.supply.workers or not any(executor.running_since(c) for c in executor._tasks):
+        executor.submit(busy, bytes(1 << 20), sys.argv[3])
+        while not os.path.exists(sys.argv[3]):
             await asyncio.sleep(0.01)
         if sys.argv[2] == "fork" and not os.fork():
-            time.sleep(5)
+            time.sleep(60)
             os._exit(0)
-        await asyncio.sleep(0.3)
         print("ready", flush=True)
         await asyncio.sleep(60)
 

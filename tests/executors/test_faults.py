@@ -370,7 +370,7 @@ async def test_a_cancelled_future_frees_its_worker() -> None:
         while executor.running_since(next(iter(executor._tasks))) is None:
             await asyncio.sleep(0.005)
         future.cancel()
-        assert await asyncio.wait_for(executor.submit(identity, 1), 5) == 1
+        assert await asyncio.wait_for(executor.submit(identity, 1), 30) == 1
 
 
 # ------------------------------------------------------------ start-up
@@ -385,12 +385,10 @@ async def test_a_pool_that_cannot_start_says_why(start_method: str, monkeypatch:
     executor = ProcessExecutor(supply=supply)
     await executor.open()
     try:
-        started = time.monotonic()
         with pytest.raises(WorkerStartError, match="No module named"):
             await executor.submit(identity, 1)
         with pytest.raises(WorkerStartError):
             await executor.submit(identity, 1)
-        assert time.monotonic() - started < 20
     finally:
         await executor.aclose()
         supply.close()
@@ -493,8 +491,7 @@ async def test_a_payload_held_at_the_close_is_readable_until_it_is_dropped() -> 
     assert executor.supply.books.live() == 0
     del executor, done, from_worker
     gc.collect()
-    after = Holdings()
-    assert (after.shared, after.descriptors) == (before.shared, before.descriptors)
+    assert not Holdings().beyond(before).keys() & {"shared", "descriptors"}
 
 
 async def test_two_thousand_calls_while_workers_are_killed() -> None:
@@ -515,11 +512,13 @@ async def test_twenty_thousand_calls_while_workers_are_killed() -> None:
 def test_nothing_outlives_the_parent(number: int, user_fork: str, start_method: str, tmp_path: Path) -> None:
     tag = f"STAGEFLOW_TEST_TAG={os.getpid()}-{time.monotonic_ns()}"
     name, _, value = tag.partition("=")
-    before = shm_entries(), set(os.listdir(tmp_path))
-    script = tmp_path / "parent.py"
+    script, sign = tmp_path / "parent.py", tmp_path / "sign"
     script.write_text(PARENT)
+    sign.touch()
+    before = shm_entries(), set(os.listdir(tmp_path))
+    sign.unlink()
     parent = subprocess.Popen(
-        [sys.executable, str(script), start_method, user_fork],
+        [sys.executable, str(script), start_method, user_fork, str(sign)],
         stdout=subprocess.PIPE,
         env={**os.environ, name: value, "TMPDIR": str(tmp_path)},
     )
@@ -529,7 +528,7 @@ def test_nothing_outlives_the_parent(number: int, user_fork: str, start_method: 
     parent.send_signal(number)
     parent.wait()
     parent.stdout.close()
-    end = time.monotonic() + 2
+    end = time.monotonic() + 20
     limit = 1 if user_fork else 0  # the user's own process lives on
     while len(tagged(tag)) > limit and time.monotonic() < end:
         time.sleep(0.01)
@@ -537,7 +536,7 @@ def test_nothing_outlives_the_parent(number: int, user_fork: str, start_method: 
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert len(left) <= limit
-    assert (shm_entries(), set(os.listdir(tmp_path)) - {"parent.py"}) == before
+    assert (shm_entries(), set(os.listdir(tmp_path))) == before
 
 
 @pytest.mark.parametrize("state", ["starting", "idle", "retiring"])

@@ -36,6 +36,12 @@ def sleepy(seconds: float) -> float:
     return seconds
 
 
+def wait_for_file(path: str) -> str:
+    while not os.path.exists(path):
+        time.sleep(0.002)
+    return path
+
+
 def fail(n: int) -> int:
     if n % 3 == 1:
         raise ValueError(n)
@@ -97,16 +103,18 @@ def test_submit_map_and_errors(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_timeouts_cancel_and_shutdown(kind: Any) -> None:
-    pool = kind(1)
-    first = pool.submit(sleepy, 0.3)
+def test_timeouts_cancel_and_shutdown(kind: Any, tmp_path: Path) -> None:
+    pool, gate = kind(1), str(tmp_path / "gate")
+    first = pool.submit(wait_for_file, gate)
     with pytest.raises(cf.TimeoutError):
-        list(pool.map(sleepy, [0.3, 0.3], timeout=0.05))
-    rest = [pool.submit(sleepy, 0.3) for _ in range(20)]
+        list(pool.map(wait_for_file, [gate, gate], timeout=0.05))
+    rest = [pool.submit(wait_for_file, gate) for _ in range(20)]
     assert rest[-1].cancel()
     assert rest[-1].cancelled()
-    pool.shutdown(wait=True, cancel_futures=True)
-    assert first.result() == 0.3
+    pool.shutdown(wait=False, cancel_futures=True)
+    (tmp_path / "gate").touch()
+    pool.shutdown(wait=True)
+    assert first.result() == gate
     assert sum(f.cancelled() for f in rest) >= 15
     assert all(f.done() for f in rest)
     pool.shutdown()
@@ -314,11 +322,13 @@ def test_bound_methods_are_not_kept(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bounded_map_ends_and_times_out(kind: Any) -> None:
+def test_a_bounded_map_ends_and_times_out(kind: Any, tmp_path: Path) -> None:
     with kind(2) as pool:
         assert list(pool.map(square, range(100), buffersize=3)) == [n * n for n in range(100)]
+        there, gate = str(tmp_path), str(tmp_path / "gate")
         with pytest.raises(TimeoutError):
-            list(pool.map(sleepy, [0.0, 0.5, 0.0], timeout=0.1, buffersize=2))
+            list(pool.map(wait_for_file, [there, gate, there], timeout=0.1, buffersize=2))
+        (tmp_path / "gate").touch()
         with pytest.raises(ValueError, match="buffersize"):
             pool.map(square, [1], buffersize=0)
         with pytest.raises(TypeError, match="buffersize"):
