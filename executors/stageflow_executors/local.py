@@ -97,6 +97,10 @@ class LocalPort(msgspec.Struct, eq=False):
     def items(self, current: Callable[[], UnderWay]) -> None:
         """Nothing is taken in: what a stage prints here comes out by itself."""
 
+    def clock(self, runs: bool) -> None:
+        """Stop the time of the call that its timeout is compared with, or let it run anew from zero."""
+        self.started = time.monotonic() if runs else 0.0
+
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call back when the call is asked to stop; at once if it was."""
         if self._reason is not None:

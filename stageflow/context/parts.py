@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from stageflow.context.attempt import Header, run_coroutine
-from stageflow.context.pieces import Done, ItemFailure, Piece, mask_of, mask_to_wire, weight
+from stageflow.context.pieces import Done, ItemFailure, Piece, given_back, mask_of, mask_to_wire, weight
 from stageflow.context.stage_context import StageContext
 from stageflow.core.errors import StageCancelledError
 from stageflow.core.executor import Reply
@@ -338,12 +338,21 @@ def merged(first: Reply, second: Reply) -> Reply:
         inner=None if a.inner is None or b.inner is None else tuple(map(_added, a.inner, b.inner)),
         flows=(*a.flows, *b.flows),
         outside=-1.0 if min(a.outside, b.outside) < 0.0 else a.outside + b.outside,
+        handed=(*a.handed, *b.handed),
     )
+    if a.handed and second.has_value:  # behind all results
+        return Reply(_results_first(first.value, a, second.value, b), done)
     if not first.has_value:
         return Reply(second.value, done, second.has_value)
     if not second.has_value:
         return Reply(first.value, done)
     return Reply([*first.value, *second.value], done)
+
+
+def _results_first(left: list[Any], a: Done, right: list[Any], b: Done) -> list[Any]:
+    """The values of two parts of a region: the results of both, then what their stages were given."""
+    mine, others = len(left) - given_back(a), len(right) - given_back(b)
+    return [*left[:mine], *right[:others], *left[mine:], *right[others:]]
 
 
 def _added(

@@ -119,6 +119,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     failed, seconds, CPU seconds) of each of its stages. `flows` (flat-map) has (index, values told of before) of items
     whose values leave in several parts; a part without ranges is of such an item, which has not ended yet. Its
     generator stands still behind a part that `asks`, until it is let go on.
+    `handed` (region) has (lo, hi, mask, member): items that this stage of the region has not done for good. What it is
+    given for them lies behind the results, in this order; they are in none of the `ranges`.
     `outside` (brief items of threads) has the seconds in which no thread of the process ran; -1: nobody looked.
     """
 
@@ -132,6 +134,12 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     flows: tuple[tuple[int, int], ...] = ()
     asks: bool = False
     outside: float = -1.0
+    handed: tuple[tuple[int, int, Any, int], ...] = ()
+
+
+def given_back(done: Done) -> int:
+    """How many of a part's values are what stages of a region were given."""
+    return sum(hi - lo if mask == -1 else mask_from_wire(mask).bit_count() for lo, hi, mask, _ in done.handed)
 
 
 def mask_of(indices: Any, lo: int, hi: int) -> int:
@@ -140,3 +148,18 @@ def mask_of(indices: Any, lo: int, hi: int) -> int:
     for index in indices:
         mask |= 1 << (index - lo)
     return -1 if mask == (1 << (hi - lo)) - 1 else mask
+
+
+def ranges_without(lo: int, hi: int, points: Any) -> list[tuple[int, int]]:
+    """[lo, hi) cut at the points, which are left out."""
+    inside = sorted(point for point in points if lo <= point < hi)
+    if not inside:
+        return [(lo, hi)]
+    found: list[tuple[int, int]] = []
+    for point in inside:
+        if lo < point:
+            found.append((lo, point))
+        lo = point + 1
+    if lo < hi:
+        found.append((lo, hi))
+    return found

@@ -96,6 +96,14 @@ class PacedPort(WorkerPort, Protocol):
         ...
 
 
+class TimedPort(WorkerPort, Protocol):
+    """The port of a lane that regions run in."""
+
+    def clock(self, runs: bool) -> None:
+        """Stop the time of the call that its timeout is compared with, or let it run anew from zero."""
+        ...
+
+
 class TellingPort(WorkerPort, Protocol):
     """The port of a lane on whose loop calls are coroutines, which cannot yield their parts."""
 

@@ -137,7 +137,12 @@ def _fused(graph: StageGraph, regions: Mapping[int, tuple[int, ...]], i: int) ->
     for members in regions.values():
         if i in members:
             names = " -> ".join(_names(graph, members))
-            return [f"runs back to back in one worker: {names} (fuse=False forbids it)"]
+            batch, last = graph.specs[members[0]].policies.batch, graph.specs[members[-1]].policies
+            ways = [f"batches of {batch}"] if batch is not None else []
+            if last.timeout is not None:
+                ways.append("one element at a time, for the timeout of the last")
+            ways.append("fuse=False forbids it")
+            return [f"runs back to back in one worker: {names} ({'; '.join(ways)})"]
     return []
 
 

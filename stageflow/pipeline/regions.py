@@ -1,8 +1,9 @@
 """Regions: neighbouring element-wise process stages that may run back to back in one worker.
 
-Only what goes into a region and what comes out of it crosses between processes. The rule is narrow on purpose: whatever
-acts around an attempt (retry, timeout, idempotency, guards, limits) sees single stages, so a stage with any of it stays
-by itself.
+Only what goes into a region and what comes out of it crosses between processes. The first stage may take its elements
+in batches: the region then begins with one. The last may have a retry policy or a timeout: the value that it was given
+comes back with a failure, so its next attempts are its own. Whatever else acts around an attempt (idempotency, guards,
+limits) sees single stages, so a stage with any of it stays by itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from stageflow.pipeline.spec import Role, StageSpec
 
 #: policies that do not keep a stage from being fused
 HARMLESS: Final = frozenset({"executor", "keep", "fuse", "spill"})
+#: nor from being the first of a region
+FIRST: Final = HARMLESS | {"batch", "batch_seconds"}
+#: nor from being its last
+LAST: Final = HARMLESS | {"retry", "timeout", "contract"}
 
 
 def find_regions(graph: StageGraph, lanes: Sequence[str]) -> dict[int, tuple[int, ...]]:
@@ -24,21 +29,25 @@ def find_regions(graph: StageGraph, lanes: Sequence[str]) -> dict[int, tuple[int
     inside: set[int] = set()
     found: dict[int, tuple[int, ...]] = {}
     for i in graph.order:
-        if i in inside or lanes[i] != "process" or i in guarded or not _plain(graph, i):
+        if i in inside or lanes[i] != "process" or i in guarded or not _plain(graph, i, FIRST):
             continue
         members = [i]
         while (follower := _follower(graph, members[-1])) is not None:
-            if lanes[follower] != "process" or follower in guarded or not _plain(graph, follower):
+            if lanes[follower] != "process" or follower in guarded or not _plain(graph, follower, LAST):
                 break
+            if graph.specs[follower].policies.timeout is not None and graph.specs[i].policies.batch is not None:
+                break  # what has a timeout is called with one item
             members.append(follower)
+            if not _plain(graph, follower, HARMLESS):
+                break
         if len(members) > 1:
             inside.update(members)
             found[i] = tuple(members)
     return found
 
 
-def _plain(graph: StageGraph, i: int) -> bool:
-    """A one-to-one map with nothing around its attempts."""
+def _plain(graph: StageGraph, i: int, harmless: frozenset[str]) -> bool:
+    """A one-to-one map with nothing but `harmless` policies."""
     spec = graph.specs[i]
     return (
         spec.role is Role.MAP
@@ -49,7 +58,7 @@ def _plain(graph: StageGraph, i: int) -> bool:
         and i not in graph.routes
         and not graph.joins.get(i)
         and spec.policies.fuse is not False
-        and HARMLESS.issuperset(spec.policies.changed())
+        and harmless.issuperset(spec.policies.changed())
     )
 
 

@@ -97,12 +97,13 @@ class StageCode:
         """The modules that define it."""
         return self._modules
 
-    def fused(self, rest: Sequence[StageCode], modules: tuple[str, ...]) -> StageCode:
-        """This stage and those that run back to back with it, as one that is called like this one."""
+    def fused(self, rest: Sequence[StageCode], modules: tuple[str, ...], timed: bool) -> StageCode:
+        """This stage and those that run back to back with it, as one that is called like this one. `timed`: the last
+        has a timeout."""
         made: StageCode = object.__new__(StageCode)
         members: list[Any] = [one.program for one in (self, *rest)]
-        program = RegionProgram(members)
-        traced = Shipped(RegionProgram(members, traced=True), label=program.name, modules=modules)
+        program = RegionProgram(members, timed=timed)
+        traced = Shipped(RegionProgram(members, traced=True, timed=timed), label=program.name, modules=modules)
         made.program = self.program
         made.sources = self.sources
         made.passes_snapshot = any(one.passes_snapshot for one in (self, *rest))
@@ -220,7 +221,8 @@ class GraphCode:
         if code is None:
             head, *rest = [self.stage(member) for member in self.layout.regions[i]]
             modules = dict.fromkeys(name for one in (head, *rest) for name in one.modules)
-            code = self._regions[i] = head.fused(rest, tuple(modules))
+            timed = self.graph.specs[self.layout.regions[i][-1]].policies.timeout is not None
+            code = self._regions[i] = head.fused(rest, tuple(modules), timed)
         return code
 
     def direct(self, i: int) -> Shipped | None:

@@ -53,6 +53,15 @@ class FailingBlocks:
                     held[handle] = found
         self.blocks.setdefault((job.id, action.stage), []).append((action.segments, held))
 
+    def note_given(self, job: Job, action: Any, done: Any, handle: int) -> None:
+        """Hold on to what stages of a region were given that failed."""
+        held = {handle: job.book.handles[handle]}
+        at = sum(Piece(lo, hi, mask, ()).count() for lo, hi, mask in done.ranges)
+        for lo, hi, mask, member in done.handed:
+            segments = [(lo, hi, mask, ((handle, at),))]
+            self.blocks.setdefault((job.id, action.region[member]), []).append((segments, held))
+            at += Piece(lo, hi, mask, ()).count()
+
     def note_step(self, job: Job, action: Any) -> None:
         """Hold on to what a step of a reduce was given."""
         self.note(job, action)

@@ -296,7 +296,7 @@ class Outcomes(DriverCounters):
                 ended.broken = _raised(verdict, running)
 
     def _timeout_verdict(self: Driver, running: Running, key: Any) -> Verdict | None:
-        if running.job.graph.specs[running.action.stage].policies.retry is None:
+        if running.job.graph.specs[_stage_of(key)].policies.retry is None:
             return None
         limit = running.timeout or 0.0
         elapsed = self.clock.monotonic() - running.since
@@ -306,9 +306,10 @@ class Outcomes(DriverCounters):
     def judge(
         self: Driver, running: Running, key: Any, info: ErrorInfo, exception: BaseException | None
     ) -> Verdict | None:
-        """The user's strategies and the dice, on one failure; None where there is no retry policy."""
+        """The user's strategies and the dice, on one failure; None where there is no retry policy. `key`: the stage,
+        and which of its items, if it has some."""
         job = running.job
-        retry = job.graph.specs[running.action.stage].policies.retry
+        retry = job.graph.specs[_stage_of(key)].policies.retry
         if retry is None:
             return None
         now = self.clock.monotonic()
@@ -382,9 +383,11 @@ class Outcomes(DriverCounters):
             if meta.failures:
                 if job.listening:
                     self.failing.note(job, action)
+                    if meta.handed:
+                        self.failing.note_given(job, action, meta, part.handle)
                 self._judge_items(running, part, meta.failures)
             if running.timeout is not None:
-                verdict = self._timeout_verdict(running, (action.stage, action.segments[0][0]))
+                verdict = self._timeout_verdict(running, (_timed(action), action.segments[0][0]))
                 if verdict is not None:
                     part.broken = _raised(verdict, running) if verdict.broken is not None else None
                     part.retries = ((verdict.retry, verdict.wait, verdict.roll),) * max(1, len(meta.failures))
@@ -423,7 +426,9 @@ class Outcomes(DriverCounters):
         judged: list[ItemFailure] = []
         for given in failures:
             failure = given if isinstance(given, ItemFailure) else ItemFailure(*given)
-            verdict = self.judge(running, (running.action.stage, failure.index), failure.info, None)
+            action = running.action
+            stage = action.stage if action.region is None else action.region[failure.member]
+            verdict = self.judge(running, (stage, failure.index), failure.info, None)
             retries.append((None, None, 1.0) if verdict is None else (verdict.retry, verdict.wait, verdict.roll))
             if verdict is not None and verdict.broken is not None:
                 info = msgspec.structs.replace(_raised(verdict, running), cause=failure.info, item=failure.path)
@@ -450,7 +455,7 @@ class Outcomes(DriverCounters):
             part.status = "cancelled"
             self._run_survivors(running.job, action.task)
             if running.timeout is not None:
-                verdict = self._timeout_verdict(running, (action.stage, action.segments[0][0]))
+                verdict = self._timeout_verdict(running, (_timed(action), action.segments[0][0]))
                 if verdict is not None:
                     part.broken = _raised(verdict, running) if verdict.broken is not None else None
                     part.retries = ((verdict.retry, verdict.wait, verdict.roll),)
@@ -512,6 +517,9 @@ def _raised(verdict: Verdict, running: Running) -> ErrorInfo:
 def _done(meta: Any) -> Done:
     """What a part says, with masks as whole numbers whatever form they crossed in."""
     done = meta if isinstance(meta, Done) else Done(*meta)
+    if done.handed:
+        handed = tuple((lo, hi, mask_from_wire(mask), member) for lo, hi, mask, member in done.handed)
+        done = msgspec.structs.replace(done, handed=handed)
     if any(not isinstance(mask, int) for _, _, mask in done.ranges):
         done = msgspec.structs.replace(
             done, ranges=tuple((lo, hi, mask_from_wire(mask)) for lo, hi, mask in done.ranges)
@@ -520,7 +528,18 @@ def _done(meta: Any) -> Done:
 
 
 def _survivors(done: Any) -> bool:
-    return bool(done.ranges or done.flows)
+    return bool(done.ranges or done.flows or done.handed)
+
+
+def _stage_of(key: Any) -> int:
+    """The stage of what is judged."""
+    stage: int = key[0] if isinstance(key, tuple) else key
+    return stage
+
+
+def _timed(action: act.StartBlock) -> int:
+    """The stage of a block that its timeout is of."""
+    return action.stage if action.region is None else action.region[-1]
 
 
 def _located(info: ErrorInfo, lane: str, pid: int, attempt: int) -> ErrorInfo:

@@ -62,7 +62,7 @@ def of_results(known: dict[int, Path], done: Any) -> list[Path]:
     if done.counts is None:
         return [
             known[index]
-            for lo, hi, mask in done.ranges
+            for lo, hi, mask in (*done.ranges, *((lo, hi, mask) for lo, hi, mask, _ in done.handed))
             for index in (bits(mask, lo) if mask >= 0 else range(lo, hi))
             if index in known
         ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from stageflow.context.pieces import Done
+from stageflow.context.pieces import Done, ranges_without
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.policies import DEFAULT_POLICIES
 from stageflow.pipeline.spec import Role
@@ -23,7 +23,6 @@ from stageflow.scheduler.ranges import (
     NOTHING,
     first_of,
     own_seconds,
-    ranges_without,
     submask,
     values_of,
     without_stopped,
@@ -243,7 +242,7 @@ class BlockRules:
             # held until all its ranges are given away
             chunk = Chunk(signal.handle, 1, signal.nbytes, values_of(signal.done))
             self._account(run, signal.nbytes)
-        if signal.done.ranges:
+        if signal.done.ranges or signal.done.handed:
             self._take_ranges(run, task, stream, signal, chunk, now)
         if chunk is not None:
             chunk.left -= 1
@@ -424,6 +423,11 @@ class BlockRules:
         if stream.shedding or stream.ended:
             for segment in rest:
                 self._shed_segment(run, stream, segment, now)
+        elif task.region is not None and task.stopping == "timeout":
+            self._tail_timed_out(run, task, task.region, rest[0], signal, now)
+        elif task.region is not None and signal.status in ("error", "refused"):
+            for segment in rest:  # which of its stages it was shows when they run by themselves
+                self._take_apart(run, stream, segment, now)
         elif task.stopping == "timeout" or signal.status in ("error", "refused"):
             self._whole_block_failed(run, task, stream, rest, signal, now)
         elif signal.status == "lost":

@@ -201,6 +201,8 @@ class FlowRules:
             return
         if stream.doomed:
             self._sift(run, stream, segment)
+        if stream.resumed:
+            self._resume(stream, segment)
         if stream.shedding:
             self._shed_segment(run, stream, segment, now)
         elif stream.fold is not None:

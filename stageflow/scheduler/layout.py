@@ -130,6 +130,9 @@ class Layout:
             self.branches.setdefault(router, set()).add(branch)
             special[stage] = 1
         self._gate_guards()
+        for head, members in self.regions.items():
+            if specs[members[-1]].policies.timeout is not None:
+                self.block[head] = 0
         self.special = bytes(special)
         self.plain = not (self.elements or self.gated_by or graph.barriers)
         wanted = {i: spec.policies.priority for i, spec in enumerate(specs) if spec.policies.priority}

@@ -136,17 +136,7 @@ class LossRules:
         error = signal.error or ErrorInfo(type="Exception", message="the block failed")
         status = "error"
         if task.stopping == "timeout":
-            limit = task.limit
-            name = run.layout.name(stream.stage)
-            error = timeout_info(
-                f"stage {name!r} (attempt {task.attempt}) exceeded its timeout of {limit:g} s",
-                elapsed=max(limit, signal.done.seconds),
-                limit=limit,
-                lane=task.lane,
-                attempt=task.attempt,
-                abandoned=signal.abandoned or None,
-            )
-            error = blamed(signal.broken, error)
+            error = timed_out(run.layout.name(stream.stage), task, signal)
             status = "timeout"
         count = sum(segment.count() for segment in rest)
         retry, wait, roll = signal.retries[0] if signal.retries else (None, None, 1.0)
@@ -371,3 +361,17 @@ class LossRules:
             single = segment.cut(lo, hi)
             self._put_back(stream, Segment(lo, hi, single.mask, single.columns, now, segment.deaths, 1, apart=True))
             lo = hi
+
+
+def timed_out(name: str, task: Task, signal: sig.BlockPart) -> ErrorInfo:
+    """The failure of a stage whose call of items used up its time."""
+    limit = task.limit
+    error = timeout_info(
+        f"stage {name!r} (attempt {task.attempt}) exceeded its timeout of {limit:g} s",
+        elapsed=max(limit, signal.done.seconds),
+        limit=limit,
+        lane=task.lane,
+        attempt=task.attempt,
+        abandoned=signal.abandoned or None,
+    )
+    return blamed(signal.broken, error)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from stageflow.context.pieces import Done
+from stageflow.context.pieces import Done, given_back, ranges_without
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler.streams import Chunk, Segment, Stream
 
@@ -56,21 +56,6 @@ def path_of(signal: Any, segment: Segment) -> tuple[int, ...]:
     return (index,) if signal.paths is None else signal.paths.get(index, (index,))
 
 
-def ranges_without(lo: int, hi: int, points: Any) -> list[tuple[int, int]]:
-    """[lo, hi) cut at the points, which are left out."""
-    inside = sorted(point for point in points if lo <= point < hi)
-    if not inside:
-        return [(lo, hi)]
-    found: list[tuple[int, int]] = []
-    for point in inside:
-        if lo < point:
-            found.append((lo, point))
-        lo = point + 1
-    if lo < hi:
-        found.append((lo, hi))
-    return found
-
-
 def without_stopped(done: Done) -> Done:
     """A part of a task that was asked to stop: items that heeded it have not decided anything, so they are unrun."""
     stopped = {failure.index for failure in done.failures if failure.status == "cancel"}
@@ -87,7 +72,8 @@ def values_of(done: Done) -> int:
     """How many values a part brings along."""
     if done.counts is not None:
         return sum(done.counts)
-    return sum(hi - lo if mask < 0 else mask.bit_count() for lo, hi, mask in done.ranges)
+    values = sum(hi - lo if mask < 0 else mask.bit_count() for lo, hi, mask in done.ranges)
+    return values + given_back(done) if done.handed else values
 
 
 def own_seconds(done: Done) -> float:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from stageflow.context.pieces import Done
+from stageflow.context.pieces import Done, ranges_without
 from stageflow.core.output import ErrorInfo
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
-from stageflow.scheduler.ranges import ranges_without, submask
+from stageflow.scheduler.ranges import submask
 from stageflow.scheduler.states import ENDED, StageState
 from stageflow.scheduler.streams import Segment, Stream
 

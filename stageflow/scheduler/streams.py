@@ -416,6 +416,7 @@ class Stream:
         "readers",
         "ready",
         "ready_count",
+        "resumed",
         "running",
         "serial",
         "shedding",
@@ -451,6 +452,7 @@ class Stream:
         self.dropped = 0
         self.failed = 0
         self.cancelled = 0  # items that were stopped one by one
+        self.resumed: dict[int, int] = {}  # items that come once more -> the number of the attempt to come
         self.doomed: dict[int, str] | None = None  # items to be taken out when they come in, with the reason
         self.out_next = 0  # next index of the output's own space
         self.attempt = 1  # of a source: how often its generator was made

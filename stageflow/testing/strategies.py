@@ -193,6 +193,30 @@ class _Maker:
             # a flat-map's elements, and those laid out of a value, have indices of their own
             self.space[name] = name if role == "flat" or over not in self.space else self.space[over]
 
+    def chain(self) -> None:
+        """Neighbours in the process lane that run back to back where an engine fuses stages."""
+        if not (self.streams or self.lists):
+            self.add(StageSketch("chained", "source", self.pick(self.lanes), length=self.dice.randint(0, 40)))
+            self.streams.append("chained")
+        over = self.pick([*self.streams, *self.lists])
+        length = self.dice.randint(2, 3)
+        for place in range(length):
+            name, role = f"c{place}", "map"
+            policies: dict[str, Any] = {}
+            kinds = ["error", "fail", "retry", "skip", "drop"]
+            attempts = 1
+            if place == 0 and self.maybe(0.5):
+                role, policies["batch"], kinds = "batch", self.dice.randint(1, 6), ["error"]
+            if place == length - 1:
+                fate, attempts = self.fate([*kinds, "hang"], items=True)
+                if fate is not None and fate.how == "hang":
+                    policies["timeout"] = 5.0
+            else:
+                fate, _ = self.fate(kinds, items=True)
+            self.add(StageSketch(name, role, "process", over=over, fate=fate, attempts=attempts, policies=policies))
+            over = name
+        self.streams.append(over)
+
     def folding(self, name: str, lane: str) -> None:
         over = self.pick([*self.streams, *self.lists])
         fate, attempts = self.fate(["error"], items=True)
@@ -203,13 +227,21 @@ class _Maker:
 
 
 def random_sketch(
-    dice: Dice, *, most: int = 10, lanes: Sequence[str] = ("process", "thread", "async", "inline"), faults: bool = True
+    dice: Dice,
+    *,
+    most: int = 10,
+    lanes: Sequence[str] = ("process", "thread", "async", "inline"),
+    faults: bool = True,
+    chain: bool = False,
 ) -> GraphSketch:
-    """A random pipeline of up to about `most` stages; without `faults` nothing in it fails or is skipped."""
+    """A random pipeline of up to about `most` stages; without `faults` nothing in it fails or is skipped. `chain`: it
+    ends with stages that may be fused."""
     maker = _Maker(dice, lanes, faults)
     wanted = dice.randint(1, most)
     while len(maker.stages) < wanted:
         maker.step()
+    if chain:
+        maker.chain()
     mode = ("fail_fast", "continue_on_failure", "best_effort")[dice.randint(0, 2)] if faults else "fail_fast"
     return GraphSketch(tuple(maker.stages), mode)
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from stageflow.context.pieces import Done, ItemFailure
+from stageflow.context.pieces import Done, ItemFailure, mask_of, ranges_without
 from stageflow.core.errors import InvariantError
 from stageflow.core.kinds import DROP
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.pipeline import policies
+from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
@@ -67,7 +68,8 @@ class Plan:
 
     def __post_init__(self):
         sketch = self.sketch
-        self.layout = Layout(sketch.build(), [stage.lane for stage in sketch.stages])
+        graph, lanes = sketch.build(), [stage.lane for stage in sketch.stages]
+        self.layout = Layout(graph, lanes, regions=find_regions(graph, lanes))
         self.wanted = sketch.reference()
         if self.wanted.states:
             self.loose = frozenset(one.name for one in sketch.stages if self.tainted(one.name))
@@ -607,6 +609,9 @@ class Simulation:
         """Report some more of a block, or its end."""
         action = under.action
         spec = self.layouts[action.run].specs[action.stage]
+        if action.region is not None:
+            self.end_region(under)
+            return
         if spec.policies.batch is not None:
             self.end_batch(under)
             return
@@ -740,6 +745,100 @@ class Simulation:
             part.handle, part.nbytes = self.hold(action.run, values), SIZE
         del self.under[action.task]
         self.send(part)
+
+    def end_region(self, under):
+        """Report some more of a block that goes through several stages, or its end."""
+        action = under.action
+        specs = [self.layouts[action.run].specs[member] for member in action.region]
+        rows = [
+            (number, place, index, given)
+            for number, (_, _, indices, items) in enumerate(under.pieces)
+            for place, (index, given) in enumerate(zip(indices, items, strict=True))
+        ]
+        part = sig.BlockPart(action.task, Done(()), final=True)
+        mine, batched = rows[under.at :], None
+        if specs[0].policies.batch is not None:
+            try:
+                batched = specs[0].runner(
+                    item=[given["item"] for *_, given in rows],
+                    **self.commons(action.run, action.stage),
+                    ctx=Ctx(action.attempt),
+                )
+            except ValueError as error:
+                part.status, part.error = "error", ErrorInfo(type="ValueError", message=str(error))
+        elif mine:
+            mine = [row for row in mine if row[0] == mine[0][0]]
+            mine = mine[: 1 + self.below(len(mine))]
+        if mine and part.status == "ok":
+            result = self.through(under, specs, mine, batched)
+            if result is None:
+                under.hung = True
+                assert len(rows) == 1, "what has a timeout runs alone"
+                return
+            part.done, values, failed = result
+            part.retries = tuple((None, None, self.roll()) for _ in range(failed))
+            if values:
+                part.handle, part.nbytes = self.hold(action.run, values), SIZE
+            under.at += len(mine)
+            part.final = under.at == len(rows) or bool(under.doomed) or self.roll() < 0.1
+        if part.final:
+            del self.under[action.task]
+        self.send(part)
+
+    def through(self, under, specs, mine, batched):
+        """What a block's rows became in the stages of its region: a Done, its values and how many failed; None where
+        one hangs."""
+        action, last = under.action, len(specs) - 1
+        inner = [[0, 0, 0] for _ in specs]
+        results, failures, given_back = {}, [], []
+        cut = self.below(len(mine) + 1) if batched and self.roll() < 0.3 else len(mine)
+        for place, (_, _, index, given) in enumerate(mine):
+            values = {**given, **self.commons(action.run, action.stage)}
+            heeds = self.below(last + 1) if index in under.doomed and self.below(3) else -1
+            for number, spec in enumerate(specs):
+                if number and place >= cut:
+                    given_back.append((index, 1, values["item"]))
+                    break
+                if number == heeds:
+                    status, found = "cancel", "heeded"
+                elif batched and number == 0:
+                    status, found = "ok", batched[place]
+                else:
+                    status, found = self.call(action, spec, index, values, False)
+                if status == "hang":
+                    return None
+                inner[number][0 if status == "ok" else 1 if status == "drop" else 2] += 1
+                if status not in ("ok", "drop"):
+                    info = ErrorInfo(
+                        type="ValueError" if status == "error" else "stageflow.StageOutput",
+                        message=str(found), retryable=status == "retry",
+                    )  # fmt: skip
+                    how = "fail" if status == "error" else status
+                    failures.append(ItemFailure(index, how, info, (index,), number))
+                    if number and status != "cancel" and (spec.policies.retry is not None or self.below(2)):
+                        given_back.append((index, number, values["item"]))
+                if status != "ok":
+                    break
+                values = {"item": found}
+            else:
+                results[index] = found
+        back = {index for index, _, _ in given_back}
+        ranges = []
+        for piece in dict.fromkeys(row[0] for row in mine):
+            lo, hi, indices, _ = under.pieces[piece]
+            there = [row[2] for row in mine if row[0] == piece]
+            lo = lo if there[0] == indices[0] else there[0]
+            hi = hi if there[-1] == indices[-1] else indices[indices.index(there[-1]) + 1]
+            for start, stop in ranges_without(lo, hi, back):
+                ranges.append(
+                    (start, stop, mask_of((i for i in there if i in results and start <= i < stop), start, stop))
+                )
+        done = Done(
+            tuple(ranges), tuple(failures), seconds=len(mine) * (1 + self.below(2000)) / 1e6,
+            inner=tuple((*row, 0.001, 0.001) for row in inner),
+            handed=tuple((index, index + 1, -1, number) for index, number, _ in given_back),
+        )  # fmt: skip
+        return done, [*results.values(), *(value for _, _, value in given_back)], len(failures)
 
     def end_fold(self, under):
         action = under.action

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stageflow_scheduler_simulator import Plan, Simulation
 
 from stageflow.core.errors import InvariantError
 from stageflow.pipeline.policies import Resources
+from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.audit import Story, replay
 from stageflow.scheduler.machine import Machine
@@ -82,6 +84,29 @@ def test_values_that_go_on_before_their_item_has_ended_come_once_and_in_order(ci
         flowed += simulation.flowed
         stood += simulation.stood
     assert stood > (40 if "memory" in circumstances else 0)
+
+
+@pytest.mark.parametrize("circumstances", [{"deaths": 0.1}, {"memory": 15}, {"stops": 0.03}])
+def test_what_runs_back_to_back_becomes_what_it_becomes_stage_by_stage(circumstances):
+    regions, handed = Counter(), 0
+    for seed in range(80_000, 80_080):
+        dice = random.Random(seed)
+        simulation = Simulation(dice, audits=0.2, **circumstances)
+        run = simulation.submit(random_sketch(dice, most=4, chain=True))
+        simulation.run()
+        simulation.check_clean()
+        simulation.check_reference(run)
+        specs = simulation.layouts[run].specs
+        for action in simulation.actions:
+            if type(action) is act.StartBlock and action.region is not None:
+                last = specs[action.region[-1]].policies
+                regions["batch"] += specs[action.stage].policies.batch is not None
+                regions["retry"] += last.retry is not None
+                regions["timeout"] += last.timeout is not None
+        handed += sum(
+            bool(told.done.handed) for _, signals in simulation.log for told in signals if hasattr(told, "done")
+        )
+    assert min(regions["batch"], regions["retry"], regions["timeout"], handed) > 10
 
 
 @pytest.mark.parametrize("block", range(4))

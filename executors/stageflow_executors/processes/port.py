@@ -82,6 +82,12 @@ class ProcessPort:
         """What the call prints, logs and warns is tagged with the item that is under way then."""
         self._worker.item = current
 
+    def clock(self, runs: bool) -> None:
+        """Stop the time of the call that its timeout is compared with, or let it run anew from zero."""
+        if runs:
+            self._words[status.STARTED_NS] = time.monotonic_ns()
+        self._words[status.PHASE] = status.RUN if runs else status.DECODE
+
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """`callback` runs on a watching thread, within about 20 ms of the request."""
         if self._callbacks is None:
