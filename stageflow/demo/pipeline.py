@@ -74,7 +74,7 @@ def terms(parse: Parsed) -> Words:
 async def packages(service: str) -> list[Package] | StageOutput:
     """A coroutine runs on the event loop, where any number of requests wait at once and cost nothing."""
     try:
-        import httpx
+        httpx = await asyncio.to_thread(__import__, "httpx")  # long enough that others on the loop would notice
     except ImportError:
         return StageOutput.skip("httpx is not installed (pip install 'stageflow[web]')")
     # `verify=False` since this is plain HTTP on loopback: loading the certificates of the world would take longer.

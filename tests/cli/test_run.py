@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -201,14 +202,19 @@ def test_a_signal_drains_and_reports_what_was_done(folder, number, code):
 
 
 def test_a_second_signal_stops_at_once(folder):
-    with start(folder, "run", "shop:stuck", "-i", "fifo=fifo") as process:
-        until_ready(folder)
-        process.send_signal(signal.SIGINT)
-        until_ready(folder)  # the stage has been told, and will not end by itself
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=4)  # the grace of one signal is 5 s
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    took = []
+    while len(took) < 3 and not (took and min(took) < 4):  # a machine may be busy for seconds, but not each time
+        with start(folder, "run", "shop:stuck", "-i", "fifo=fifo") as process:
+            until_ready(folder)
+            process.send_signal(signal.SIGINT)
+            until_ready(folder)  # the stage has been told, and will not end by itself
+            process.send_signal(signal.SIGINT)
+            begun = time.monotonic()
+            _, err = process.communicate(timeout=40)
+            took.append(time.monotonic() - begun)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+    assert min(took) < 4, "the grace of one signal is 5 s"
 
 
 def test_a_reader_that_goes_away_is_no_error(folder):

@@ -13,7 +13,7 @@ LANES = ("async", "thread", "process", "inline")
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    with Engine(processes=2, threads=8, grace=0.3) as made:
+    with Engine(processes=2, threads=8, grace=20.0) as made:
         yield made
 
 

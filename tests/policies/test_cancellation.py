@@ -177,7 +177,7 @@ def test_the_first_reason_wins(one):
 
 
 async def test_a_handle_stops_its_run():
-    async with Engine(grace=0.3) as engine:
+    async with Engine(grace=20.0) as engine:
         handle = await engine.start(PipelineBuilder("p").stage("s", sleeps).build())
         assert not handle.done
         handle.cancel("enough")
@@ -197,7 +197,7 @@ async def test_a_handle_stops_one_stage_and_its_mode_decides_about_the_rest(mode
         .stage("gate", lambda: 1, executor="async")
         .build()
     )
-    async with Engine(grace=0.3) as engine:
+    async with Engine(grace=20.0) as engine:
         handle = await engine.start(graph, failure_mode=mode)
         handle.cancel("enough", stage="s")
         result = await handle
@@ -212,7 +212,7 @@ async def test_a_handle_stops_one_stage_and_its_mode_decides_about_the_rest(mode
 @pytest.mark.parametrize("lane", ["thread", "process"])
 async def test_stopping_a_map_stops_its_items_and_starts_no_more(lane):
     graph = PipelineBuilder("p").map("m", item_until_asked, over="xs", executor=lane).build()
-    async with Engine(processes=2, threads=4, grace=0.3) as engine:
+    async with Engine(processes=2, threads=4, grace=20.0) as engine:
         handle = await engine.start(graph, {"xs": list(range(50))}, failure_mode="continue_on_failure")
         await asyncio.sleep(0.1)
         handle.cancel("enough", stage="m")
@@ -261,17 +261,18 @@ async def test_an_unknown_stage_is_said_at_once():
 
 
 async def test_cancelling_the_caller_stops_the_run_first():
-    async with Engine(grace=0.3) as engine:
-        stopped = []
+    async with Engine(grace=20.0) as engine:
+        stopped, begun = [], asyncio.Event()
 
         async def stage():
+            begun.set()
             try:
                 await asyncio.sleep(60)
             finally:
                 stopped.append(True)
 
         caller = asyncio.ensure_future(engine.execute(PipelineBuilder("p").stage("s", stage).build()))
-        await asyncio.sleep(0.05)
+        await begun.wait()
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
@@ -338,7 +339,7 @@ def test_a_survivor_that_cannot_travel_is_refused_in_every_lane(one, lane):
 
 
 async def test_a_bug_of_ours_ends_its_run_and_no_other(monkeypatch):
-    async with Engine(grace=0.3) as engine:
+    async with Engine(grace=20.0) as engine:
 
         async def stage(name):
             await asyncio.sleep(0.02)
@@ -374,9 +375,11 @@ def with_hanging_cleanup(ctx, path):
     return "done"
 
 
-def test_cleanups_share_the_grace_and_one_that_hangs_keeps_none_from_running(one, lane, tmp_path, sink):
+def test_cleanups_share_the_grace_and_one_that_hangs_keeps_none_from_running(lane, tmp_path, sink):
     path = tmp_path / "order"
-    result = one(with_hanging_cleanup, lane, {"path": str(path)}, run={"event_sinks": [sink]})
+    graph = PipelineBuilder("one").stage("s", with_hanging_cleanup, executor=lane).build()
+    with Engine(processes=1, grace=0.6) as engine:
+        result = engine.run(graph, {"path": str(path)}, event_sinks=[sink])
     assert result.data("s") == "done"
     assert read(path) == "1"
     (failed,) = [event for event in sink if event.type == "stage.cleanup_failed"]

@@ -132,7 +132,7 @@ def test_cancelling_the_parent_stops_its_children(one, stage, lane):
 
 def test_waiting_for_a_child_holds_no_slot():
     """Two slots, two stages that each need a child with a stage in the same lane."""
-    with Engine(processes=1, threads=2, grace=0.3) as engine:
+    with Engine(processes=1, threads=2, grace=20.0) as engine:
         builder = PipelineBuilder("p")
         for number in range(4):
             builder.stage(f"s{number}", nested_threads, executor="thread")
@@ -186,7 +186,7 @@ def test_a_child_that_cancels_itself_does_not_cancel_its_parent(engine):
 
 
 async def test_stopping_one_stage_stops_only_its_own_children():
-    async with Engine(grace=0.5) as engine:
+    async with Engine(grace=20.0) as engine:
         quick = PipelineBuilder("quick").stage("quick", hold_on).build()
         graph = PipelineBuilder("p").subpipeline("slow", SLOW).subpipeline("quick", quick).build()
         handle = await engine.start(graph, failure_mode="continue_on_failure")

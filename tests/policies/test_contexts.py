@@ -81,7 +81,7 @@ async def test_its_outputs_are_filled_as_stages_end(listening):
 
 
 async def test_a_context_stops_its_run_and_a_run_that_stops_itself_says_so_there():
-    async with Engine(grace=0.3) as engine:
+    async with Engine(grace=20.0) as engine:
         ctx = PipelineContext()
         ctx.mark_cancelled("before")
         result = await engine.execute(PipelineBuilder("p").stage("s", lambda: 1).build(), ctx=ctx)

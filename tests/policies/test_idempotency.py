@@ -80,7 +80,7 @@ def test_a_second_run_gets_the_first_ones_value_with_its_types(engine, lane, pat
 @pytest.mark.parametrize("lane", ["async", "thread", "process"])
 async def test_concurrent_duplicates_wait_for_the_first(lane, path):
     graph = graph_of(charge_slowly, lane)
-    async with Engine(processes=2, grace=0.5) as engine:
+    async with Engine(processes=2, grace=20.0) as engine:
         results = await asyncio.gather(*(engine.execute(graph, {"amount": 5, "path": path}) for _ in range(8)))
     assert {result.data("charge")["charged"] for result in results} == {5}
     assert count(path) == 1
@@ -142,10 +142,18 @@ def test_items_of_a_map_are_kept_one_by_one(engine, lane, path):
 
 
 async def test_a_cancelled_attempt_gives_its_claim_back(path):
-    graph = graph_of(charge_slowly, "async")
-    async with Engine(grace=0.5) as engine:
+    begun = asyncio.Event()
+
+    async def charge_at_the_second_try(amount, path):
+        if not begun.is_set():
+            begun.set()
+            await asyncio.sleep(3600)
+        return charge(amount, path)
+
+    graph = graph_of(charge_at_the_second_try, "async")
+    async with Engine(grace=20.0) as engine:
         handle = await engine.start(graph, {"amount": 5, "path": path})
-        await asyncio.sleep(0.01)
+        await begun.wait()
         handle.cancel("enough")
         assert (await handle).cancelled
         assert (await engine.execute(graph, {"amount": 5, "path": path})).success

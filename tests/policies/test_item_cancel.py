@@ -104,7 +104,7 @@ class StopsWhenReady(RecordingSink):
             self.handle.cancel("enough", **self.what)
 
 
-async def run(graph, inputs, sink, *, gate=None, grace=0.3, threads=2, **options):
+async def run(graph, inputs, sink, *, gate=None, grace=20.0, threads=2, **options):
     """Run it; with a gate, stop the item before the elements come through that."""
     async with Engine(processes=1, threads=threads, grace=grace) as engine:
         handle = sink.handle = await engine.start(graph, inputs, event_sinks=[sink], **options)

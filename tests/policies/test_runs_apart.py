@@ -144,7 +144,7 @@ async def test_a_run_that_fails_or_is_cancelled_touches_no_other():
         return who
 
     graph = PipelineBuilder("p").stage("s", stage).stage("behind", lambda s: s.upper(), executor="thread").build()
-    async with Engine(grace=0.3) as engine:
+    async with Engine(grace=20.0) as engine:
         good = await engine.start(graph, {"who": "good"})
         bad = await engine.execute(graph, {"who": "bad"})
         stopped = await engine.start(graph, {"who": "stopped"})

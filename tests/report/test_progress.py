@@ -207,10 +207,10 @@ def test_the_newest_run_is_followed(make_events: Callable[..., list[Event]]) -> 
 def test_it_costs_microseconds_per_event(endless_events: Callable[[int], Iterator[Event]]) -> None:
     events = list(endless_events(20_000))
     sink = ProgressSink(io.StringIO())
-    started = time.perf_counter()
+    started = time.thread_time()
     for event in events:
         sink.emit(event)
-    assert (time.perf_counter() - started) / len(events) < 50e-6
+    assert (time.thread_time() - started) / len(events) < 50e-6
 
 
 def test_rich_is_not_imported_before_it_is_needed() -> None:
