@@ -81,7 +81,9 @@ def test_nothing_outlives_the_parent_without_pidfds(start_method: str, tmp_path:
     script = tmp_path / "parent.py"
     script.write_text(WITHOUT_PIDFD)
     parent = subprocess.Popen(
-        [sys.executable, str(script), start_method, ""], stdout=subprocess.PIPE, env={**os.environ, "SF_TAG": tag}
+        [sys.executable, str(script), start_method, "", str(tmp_path / "sign")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "SF_TAG": tag},
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"ready\n"
@@ -89,7 +91,7 @@ def test_nothing_outlives_the_parent_without_pidfds(start_method: str, tmp_path:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert asyncio.run(gone(tagged(f"SF_TAG={tag}"), 2.5))
+    assert asyncio.run(gone(tagged(f"SF_TAG={tag}")))
 
 
 # ------------------------------------------------------------ /dev/shm of one megabyte
@@ -156,12 +158,14 @@ def test_a_small_shm_does_not_bind_anonymous_memory(in_small_shm: Any) -> None:
     assert done.stdout.splitlines() == ["200000 200000", "False False", "True", "[]"], done.stderr
 
 
-def test_a_killed_parent_leaves_a_small_shm_empty(in_small_shm: Any) -> None:
+def test_a_killed_parent_leaves_a_small_shm_empty(in_small_shm: Any, tmp_path: Path) -> None:
     text = PARENT.replace("ProcessExecutor(2, start_method=sys.argv[1])", "ProcessExecutor(supply=supply)")
     text = text.replace("bytes(1 << 20)", "bytes(1 << 17)")
     text = text.replace('print("ready", flush=True)', "os.kill(os.getpid(), 9)")
     text = text.replace("async def main():", "async def main():\n    supply = WorkerSupply(2, memfd=False)")
-    done = in_small_shm("from stageflow_executors.processes.supply import WorkerSupply\n" + text, "forkserver", "")
+    done = in_small_shm(
+        "from stageflow_executors.processes.supply import WorkerSupply\n" + text, "forkserver", "", tmp_path / "sign"
+    )
     assert (done.stdout, done.returncode) == ("", 128 + 9), done.stderr
 
 
