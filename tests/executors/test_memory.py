@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
+from stageflow_executors.processes import status
 from stageflow_executors.processes.pool import ProcessExecutor
-from stageflow_executors.processes.supply import WorkerSupply
+from stageflow_executors.processes.supply import TELL_IDLE_EVERY, WorkerSupply
 from stageflow_executors.shm import closed
 from stageflow_executors.shm.arena import Arena, create_anonymous, size_class
 from stageflow_executors.shm.lease import Books, export
@@ -434,3 +435,47 @@ def test_a_new_segment_is_not_given_up_to_make_room_for_itself():
     arena.free(small.key)
     assert arena.reserved == 20 << 20
     arena.close()
+
+
+def together(folder: str, number: int, nbytes: int) -> Any:
+    """Returns when the other one runs as well, so in a process of its own."""
+    with open(f"{folder}/{number}", "w"):
+        pass
+    while len(os.listdir(folder)) < 2:
+        pass
+    return np.full(nbytes, number, np.uint8)
+
+
+def full(nbytes: int) -> Any:
+    return np.full(nbytes, 1, np.uint8)
+
+
+async def test_a_worker_that_nobody_borrows_keeps_nothing_that_others_need(tmp_path):
+    supply = WorkerSupply(2, memory_limit=64 << 20, hard_limit=1 << 30)  # as an engine's: 48 MiB are kept warm
+    async with ProcessExecutor(supply=supply) as executor:
+
+        def reserved() -> list[int]:
+            return sorted(worker.page.words[status.RESERVED] for worker in supply.workers.values())
+
+        async def until_idle() -> None:
+            while len(supply.idle) < 2:
+                await asyncio.sleep(0.01)
+
+        calls = [executor.submit(together, str(tmp_path), number, 10 << 20) for number in range(2)]
+        for _ in range(2):  # one of them has something else as well
+            calls.append(executor.submit(full, 10 << 20))
+        held = await asyncio.gather(*calls)
+        await until_idle()
+        assert sum(reserved()) > 36 << 20
+        held.clear()
+        calls.clear()
+        gc.collect()  # all of it is free: their owners, which are idle, do not know
+        kept = []
+        async with asyncio.timeout(20):
+            for _ in range(4):  # by one of them, alone: it has room if the other gives back
+                kept.append(await executor.submit(full, 10 << 20))
+                while sum(reserved()) > 48 << 20:
+                    await asyncio.sleep(TELL_IDLE_EVERY)
+                    assert await executor.submit(len, bytes(1 << 17)) == 1 << 17
+        assert reserved()[1] >= 4 * 10 << 20
+    supply.close()

@@ -147,6 +147,8 @@ class Sending(LaneState):
     def _send_tasks(self, lent: Lent, batch: list[Task]) -> None:
         handle = lent.handle
         messages, fds = self._controls(lent)
+        if self.supply.idle:
+            self.supply.tell_idle()
         shipping = self.supply.shipping
         for task in batch:
             shipped = task.call.shipped

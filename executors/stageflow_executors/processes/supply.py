@@ -40,6 +40,7 @@ from stageflow_executors.shm.lease import Books
 MAX_FAILED_STARTS: Final = 3
 RETRY_STARTS_AFTER: Final = 1.0
 STANDS_IN: Final = 5.0  #: seconds for which a worker that stood in is kept: calls that stand still do so in turns
+TELL_IDLE_EVERY: Final = 0.05  #: seconds between two words to idle workers, of what they need not keep
 FAREWELL: Final = 1.0  #: seconds that idle workers have to leave in order; the others are killed
 PARENT: Final = 0  #: the parent's number as an owner of segments
 
@@ -98,6 +99,7 @@ class WorkerSupply(ServerLink):
         self.waiting: deque[Borrower] = deque()
         self.standing = 0  # calls that stand still: for each there may be a worker more
         self._stood_at = 0.0  # when that last changed
+        self._told_idle_at = 0.0
         self.lanes: list[Borrower] = []
         self.closed = False
         self.broken: str | None = None
@@ -135,6 +137,22 @@ class WorkerSupply(ServerLink):
             w.page.words[status.RESERVED] for w in list(self.workers.values()) if w is not worker
         )
         worker.page.words[status.LIMIT] = max(0, self._shared_limit - others)
+
+    def tell_idle(self) -> None:
+        """Tell workers that nobody has borrowed which of their blocks are free, and how much they may still keep: else
+        one that is idle for long keeps what others need."""
+        now = time.monotonic()
+        if now - self._told_idle_at < TELL_IDLE_EVERY:
+            return
+        self._told_idle_at = now
+        with self.lock:
+            for worker in self.idle:
+                freed = self.books.take_freed(worker.number)
+                self.set_limit(worker)
+                words = worker.page.words
+                if freed or words[status.RESERVED] > words[status.LIMIT]:
+                    with contextlib.suppress(ch.Closed):
+                        worker.channel.send(ch.join([ch.encode_message([ch.FREE, freed])]))
 
     # ------------------------------------------------------------ workers
 

@@ -101,6 +101,8 @@ class LocalMemory:
         for sid, off in keys:
             self._freed.append(((sid, off), False, 0))
         self.settle()
+        self.arena.fit()
+        self._page.words[status.RESERVED] = self.arena.reserved
 
     def settle(self) -> None:
         """Give blocks back to the arena that neither side uses."""

@@ -309,9 +309,17 @@ class Arena:
             segment.live -= 1
             self._free.setdefault(size, []).append((segment, key[1]))
             self._warm += size
-            over = max(self._warm - WARM_CAP, min(self._warm, self.reserved - self._budget()))
-            if over > 0:
-                self._shrink(self.reserved - over)
+            self._fit()
+
+    def fit(self) -> None:
+        """Keep no more warm than there is room for: it may have become less."""
+        with self._lock:
+            self._fit()
+
+    def _fit(self) -> None:
+        over = max(self._warm - WARM_CAP, min(self._warm, self.reserved - self._budget()))
+        if over > 0:
+            self._shrink(self.reserved - over)
 
     def _trim(self, target: int) -> None:
         """Close segments without live blocks until `reserved <= target`."""
