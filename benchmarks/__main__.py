@@ -192,7 +192,9 @@ def _run(given: argparse.Namespace, *, quick: bool) -> int:
     print(report.plain_table(reports))
     print()
     print(report.machine_text(here, seconds))
-    curves: dict[str, Any] = next((r.notes["curves"] for r in reports if "curves" in r.notes), {})
+    curves: dict[str, Any] = {}
+    for made in reports:
+        curves = {**made.notes.get("curves", {}), **curves}
     _write_json(given.json, here, reports, scale_found, seconds)
     if not quick and given.write_readme:
         _write_readme(here, reports, curves, scale_found, seconds)

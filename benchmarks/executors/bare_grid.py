@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 AHEAD: Final = 2  #: tasks that a worker holds at once: the one that runs and the next
 _ROOM: Final = 4096
@@ -99,8 +99,8 @@ class BareGrid:
 
 
 @contextmanager
-def bare_grid(runner: asyncio.Runner, workers: int) -> Iterator[Any]:
-    """`run(cells, loops)` on that many fresh interpreters and the loop of `runner`."""
+def bare_grid(runner: asyncio.Runner, workers: int) -> Iterator[BareGrid]:
+    """A `BareGrid` on that many fresh interpreters and the loop of `runner`."""
     root = str(Path(__file__).resolve().parents[2])
     with ExitStack() as stack:
         sockets = []
@@ -116,7 +116,7 @@ def bare_grid(runner: asyncio.Runner, workers: int) -> Iterator[Any]:
         loop = runner.get_loop()
         grid = BareGrid(loop, sockets)
         try:
-            yield lambda cells, loops: runner.run(grid.run(cells, loops))
+            yield grid
         finally:
             for sock in sockets:
                 loop.remove_reader(sock.fileno())

@@ -17,7 +17,7 @@ from stageflow_executors.processes.state import LaneState, Lent, Task
 from stageflow_executors.shm import codec
 
 BATCH_NS: Final = 1_000_000  #: work per frame of short calls
-SPREAD_NS: Final = 200_000  #: work of a frame that is not split further towards the end of the queue
+FEW: Final = 64  #: so few calls are one frame for each worker: a frame more costs both sides what a brief call takes
 MAX_BATCH: Final = 64
 _WORDS: Final = frozenset((type(None), bool, float))
 _I64: Final = 1 << 63
@@ -93,10 +93,8 @@ class Sending(LaneState):
         limit = 1
         if ewma > 0:
             left = len(queue)
-            share = left // (2 * self._slots) + 1
-            if left < 64 and share < (even := left // self._slots + 1):  # so little work need not be spread further
-                share = max(share, min(even, int(SPREAD_NS / ewma)))
-            limit = min(MAX_BATCH, share, int(BATCH_NS / ewma))
+            frames = self._slots if left < FEW else 2 * self._slots
+            limit = min(MAX_BATCH, left // frames + 1, int(BATCH_NS / ewma))
         size = len(first.data)
         while len(batch) < limit and queue and queue[0].short:
             size += len(queue[0].data)
