@@ -30,6 +30,7 @@ from stageflow.core.executor import Call, Outcome, OutcomeKind, Shipped
 from stageflow.core.failure import revive
 from stageflow.core.output import ErrorInfo
 from stageflow_executors import chunks, light
+from stageflow_executors.direct import BRIEF, Direct, Lone, may_part
 from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.supply import WorkerSupply
@@ -187,6 +188,9 @@ class ProcessPoolExecutor(Mapping):
         self._calls: dict[int, list[_Work]] = {}  # what the lane has, by call
         self._functions: dict[int, _Function] = {}
         self._finished: asyncio.Event | None = None
+        self._direct: Direct | None = None  # while calls come one at a time
+        self._lone = Lone()
+        self._may_part = may_part(self)
         at_exit.executors.add(self)
 
     # ------------------------------------------------------------ any thread
@@ -196,19 +200,23 @@ class ProcessPoolExecutor(Mapping):
         future = _new_future()
         if type(fn) is not types.FunctionType and _is_bound(fn):
             args, fn = (fn, *args), _invoke
+        work = _Work(future, fn, args, kwargs)
+        direct = self._direct
+        if direct is not None and not self._shutdown and not at_exit.begun and direct.submit(self, work):
+            return future
         with self._lock:
             if self._shutdown or at_exit.begun:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self._broken is not None:
                 raise BrokenInitializerError(f"the pool could not be started: {self._broken}")
-            self._waiting.append(_Work(future, fn, args, kwargs))
+            self._waiting.append(work)
             if self._awake:
                 return future
-            self._awake = True
             if self._thread is None:
                 self._start_thread()
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._drain)
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._drain)
+            self._awake = True  # behind the waking, which whoever is interrupted here has done twice at worst
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -269,6 +277,8 @@ class ProcessPoolExecutor(Mapping):
     # ------------------------------------------------------------ the loop's thread
 
     def _kill(self, futures: set[Future[Any]]) -> None:
+        if self._direct is not None:
+            self._direct.reclaim()
         for call_id, batch in list(self._calls.items()):
             concerned = [work for work in batch if work.future in futures]
             for work in concerned:
@@ -307,6 +317,8 @@ class ProcessPoolExecutor(Mapping):
         lane = self._lane
         if lane is None or self._finished is None:
             return  # the lane is about to open, and looks then
+        if self._direct is not None:
+            self._direct.reclaim()
         with self._lock:
             self._awake = False
         work = None
@@ -402,16 +414,42 @@ class ProcessPoolExecutor(Mapping):
         self._running -= 1
         del self._calls[outcome.call_id]
         if outcome.kind is OutcomeKind.OK:
-            self._set_payload(work.future, outcome.value)
             function.learn(outcome.seconds)
+            alone = self._may_part and self._lone.saw(not (self._running or self._waiting or self._retry))
+            if alone and function.seconds is not None and function.seconds < BRIEF and self._loop and self._lane:
+                self._loop.call_soon(self._part, self._lane, function, work.future, outcome.value)
+            else:
+                self._set_payload(work.future, outcome.value)
         elif outcome.kind is OutcomeKind.CANCELLED or outcome.error is None:
             self._stopped([work])
-        else:
+        elif not work.future.done():
             _resolve(work.future, outcome.error)
         self._drain()
 
+    def _part(self, lane: ProcessExecutor, function: _Function, future: Future[Any], payload: Any) -> None:
+        """Calls come one at a time, and the worker is idle: let who submits them talk to it, before the next one is."""
+        if self._direct is None and not (self._running or self._waiting or self._retry or self._shutdown):
+            lent = lane.part_with(function.plain.key)
+            if lent is not None and self._loop is not None:
+                self._direct = Direct(self, lane, lent, self._loop)
+        self._set_payload(future, payload)
+
+    def direct_ended(self, direct: Direct) -> None:
+        """The lane has its worker back."""
+        self._direct = None
+        self._lone.ended(direct.answers)
+
+    def adopt(self, call_id: int, function: _Function, work: _Work) -> Callable[[Outcome], None]:
+        """Take a call into the books that was sent without them; who is to hear of its end."""
+        self._running += 1
+        self._short += 1
+        self._calls[call_id] = [work]
+        return lambda outcome: self._one_ended(function, work, outcome, True)
+
     @staticmethod
     def _set_payload(future: Future[Any], payload: Any) -> None:
+        if future.done():
+            return  # who waited for it was interrupted when all but the books was done
         try:
             value = payload.load() if payload is not None else None
         except BaseException as error:

@@ -12,13 +12,27 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 #: re-entered by finalizers and signal handlers that ask for a condition
 _lock: Final = threading.RLock()
+_PATIENT: Final = 0.02  #: seconds; who waits no longer does not wait where waiting takes some milliseconds
 _OVER: Final = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED))
+
+
+class Direct(Protocol):
+    """Who may have the result before the loop's thread does."""
+
+    def wait(self, future: LightFuture) -> None:
+        """Try for some milliseconds to get it."""
+        ...
+
+    def hand_over(self) -> None:
+        """Let the loop's thread get it."""
+        ...
 
 
 class _Parts:
@@ -37,11 +51,28 @@ class LightFuture(concurrent.futures.Future[Any]):
     _result: Any = None
     _exception: BaseException | None = None
     _parts: _Parts | None = None
+    _direct: Direct | None = None
 
     def __init__(self) -> None:
         """Makes nothing."""
 
+    def begin_at(self, direct: Direct) -> None:
+        """It runs, and its result can be had of `direct`. Nobody else has it yet."""
+        self._state = RUNNING
+        self._direct = direct
+
+    def leave_direct(self) -> None:
+        """Its result cannot be had there any more."""
+        self._direct = None
+
+    def _hand_over(self) -> None:
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            direct.hand_over()
+
     def _asked(self) -> _Parts:
+        if self._direct is not None:
+            self._hand_over()
         parts = self._parts
         if parts is None:
             with _lock:
@@ -62,10 +93,18 @@ class LightFuture(concurrent.futures.Future[Any]):
 
     def done(self) -> bool:
         """As the standard's."""
+        if self._direct is not None:
+            self._hand_over()
         return self._state in _OVER
 
     def result(self, timeout: float | None = None) -> Any:
         """As the standard's."""
+        direct = self._direct
+        if direct is not None and (timeout is None or timeout > _PATIENT):
+            began = time.monotonic()
+            direct.wait(self)
+            if timeout is not None:
+                timeout = max(0.0, timeout - (time.monotonic() - began))
         if self._state == FINISHED and self._exception is None:
             return self._result
         return super().result(timeout)
@@ -81,6 +120,17 @@ class LightFuture(concurrent.futures.Future[Any]):
     def set_result(self, result: Any) -> None:
         """As the standard's."""
         set_results((self,), (result,))
+
+
+def set_lone(future: LightFuture, result: Any) -> bool:
+    """`set_result` of one that nobody but the caller waits for; False if somebody does, or it has ended."""
+    with _lock:
+        if future._parts is not None or future._state != RUNNING:
+            return False
+        future._result = result
+        future._state = FINISHED
+        future._direct = None
+    return True
 
 
 def set_results(futures: Iterable[concurrent.futures.Future[Any]], results: Iterable[Any]) -> None:

@@ -28,11 +28,26 @@ _decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
 class Hearing(Lending):
     """Reads frames and deaths. Every method runs on the lane's loop."""
 
-    def _readable(self, lent: Lent) -> None:
+    def _look_for(self) -> None:
+        """Is the answer there that the loop would sleep for? Else look again in its next turn, for a while."""
+        lent, loop = self._looked_for, self._loop
+        self._looked_for = None
+        if lent is None or loop is None or not lent.tasks or len(self._tasks) > 1 or lent.death is not None:
+            return
+        if self._readable(lent):
+            self._lookout.found()
+        elif self._lookout.again():
+            self._looked_for = lent
+            loop.call_soon(self._look_for)
+
+    def _readable(self, lent: Lent) -> bool:
+        """Hear what is there; False if nothing was."""
         channel = lent.handle.channel
         turns = 16
         try:
-            while (received := channel.receive()) is not None:
+            if (received := channel.receive()) is None:
+                return False
+            while received is not None:
                 sent = lent.next_frame
                 self._hearing = lent
                 self._frame(lent, *received)
@@ -40,15 +55,22 @@ class Hearing(Lending):
                 due = lent.tasks and next(iter(lent.tasks.values())).frame < sent
                 if channel.tells_of_all and not (due and turns):
                     break  # what comes, or is there, wakes us again
+                received = channel.receive()
         except ch.Closed:
             if self._loop is not None and channel.fileno() >= 0:
                 self._loop.remove_reader(channel.fileno())
             self._died(lent)
-            return
+            return True
         finally:
             self._hearing = None
         if lent.handle.number in self._lent and lent.death is None:
             self._feed(lent)
+        return True
+
+    def hear(self, lent: Lent, frame: memoryview, fds: list[int]) -> None:
+        """A frame that was received elsewhere."""
+        if self._lent.get(lent.handle.number) is lent:
+            self._frame(lent, frame, fds)
 
     def _feed(self, lent: Lent) -> None:
         if not lent.tasks and not lent.handle.retiring:
@@ -209,6 +231,8 @@ class Hearing(Lending):
     def _died(self, lent: Lent) -> None:
         """The worker is gone. Hear its last words, send on what it had not begun, and learn why."""
         handle, loop = lent.handle, self._loop
+        if lent.apart is not None:
+            lent.apart()
         if self._lent.get(handle.number) is not lent or lent.death is not None or loop is None:
             if lent.death is not None and self.supply.poll_ended(handle):
                 lent.death.cancel()

@@ -16,6 +16,7 @@ from stageflow.core.errors import WorkerStartError
 from stageflow.core.executor import Outcome, OutcomeKind
 from stageflow.core.failure import capture
 from stageflow_executors.processes import channel as ch
+from stageflow_executors.processes import status
 from stageflow_executors.processes.handle import WorkerHandle
 from stageflow_executors.processes.sending import Sending
 from stageflow_executors.processes.state import Lent, Task
@@ -31,7 +32,8 @@ class Lending(Sending):
 
     if TYPE_CHECKING:
 
-        def _readable(self, lent: Lent) -> None: ...
+        def _readable(self, lent: Lent) -> bool: ...
+        def _feed(self, lent: Lent) -> None: ...
         def _died(self, lent: Lent) -> None: ...
 
     def _dispatch(self) -> None:
@@ -108,6 +110,7 @@ class Lending(Sending):
         assert loop is not None
         self._watch_control()  # a new fork server may have been needed
         lent = self._lent[handle.number] = Lent(handle)
+        self._share_cores()
         loop.add_reader(handle.channel.fileno(), self._readable, lent)
         loop.add_reader(handle.output, handle.read_output)
         if handle.pidfd >= 0:
@@ -117,6 +120,48 @@ class Lending(Sending):
             if handle.process is not None and handle.pidfd < 0:
                 lent.poll_timer = loop.call_later(0.05, self._poll_process, lent)
         return lent
+
+    def part_with(self, key: int) -> Lent | None:
+        """An idle worker that knows the function of that key, if the lane has nothing to do. Until `take_in` somebody
+        else listens to it; its death is still heard here."""
+        loop = self._loop
+        if self._tasks or self._queue or self._watchful or not self._idle or loop is None or self._closed:
+            return None
+        lent = self._idle[-1]
+        handle = lent.handle
+        if (
+            self._lent.get(handle.number) is not lent
+            or lent.death is not None
+            or lent.outbox
+            or handle.retiring
+            or not handle.channel.can_take_back
+            or key not in handle.functions
+        ):
+            return None
+        del self._idle[-1]
+        loop.remove_reader(handle.channel.fileno())
+        return lent
+
+    def take_over(self, lent: Lent, task: Task) -> None:
+        """`task` was sent to it meanwhile."""
+        self._tasks[task.call.id] = task
+        task.worker = lent
+        task.frame = lent.next_frame
+        lent.tasks[task.call.id] = task
+        lent.next_frame += 1
+        lent.frames += 1
+
+    def take_in(self, lent: Lent) -> None:
+        """Listen to it here again."""
+        if self._loop is not None and self._lent.get(lent.handle.number) is lent and lent.death is None:
+            self._loop.add_reader(lent.handle.channel.fileno(), self._readable, lent)
+            self._feed(lent)
+
+    def _share_cores(self) -> None:
+        """Tell workers whether there are cores for all of them and for this loop."""
+        spare = len(self._lent) < self._cores
+        for lent in self._lent.values():
+            lent.handle.page.words[status.SPARE] = spare
 
     def _reported(self, handle: WorkerHandle) -> None:
         lent = self._lent.get(handle.number)
@@ -192,6 +237,7 @@ class Lending(Sending):
     def _detach(self, lent: Lent) -> None:
         handle, loop = lent.handle, self._loop
         self._lent.pop(handle.number, None)
+        self._share_cores()
         if lent in self._idle:
             self._idle.remove(lent)
         for timer in (lent.start_timer, lent.poll_timer, lent.death):

@@ -20,6 +20,7 @@ from stageflow.core.failure import capture, revive
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.hearing import CAUSE_WITHIN, Hearing
+from stageflow_executors.processes.machine import usable_cores
 from stageflow_executors.processes.payload import encode
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.state import Task
@@ -72,6 +73,7 @@ class ProcessExecutor(Hearing):
         meanwhile."""
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._cores = usable_cores()
         self.supply.prestart()
         if self not in self.supply.lanes:
             self.supply.lanes.append(self)
@@ -189,6 +191,9 @@ class ProcessExecutor(Hearing):
         loop = self._loop
         if loop is None or self._closed:
             return
+        for lent in list(self._lent.values()):
+            if lent.apart is not None:
+                lent.apart()
         deadline = loop.time() + (self.grace if grace is None else grace)
         for task in list(self._tasks.values()):
             self.cancel(task.call.id, reason="the lane is closing")

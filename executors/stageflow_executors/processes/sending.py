@@ -6,11 +6,12 @@ May import `stageflow.core` and `stageflow_executors` only.
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.core.errors import StageflowError
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
+from stageflow_executors.processes.lookout import SHORT_NS
 from stageflow_executors.processes.payload import InlinePayload, ProcessPayload, encode_value
 from stageflow_executors.processes.port import Plain
 from stageflow_executors.processes.state import LaneState, Lent, Task
@@ -25,6 +26,10 @@ _I64: Final = 1 << 63
 
 class Sending(LaneState):
     """Encodes and sends. Every method runs on the lane's loop."""
+
+    if TYPE_CHECKING:
+
+        def _look_for(self) -> None: ...
 
     def _prepare(self, task: Task) -> None:
         call = task.call
@@ -136,11 +141,25 @@ class Sending(LaneState):
         lent.frames += 1
         try:
             if handle.channel.send(b"\x91" + task.data):
+                if len(self._tasks) == 1 and len(self._lent) < self._cores:
+                    self._look_out(lent, task)
                 return True
         except ch.Closed:
             pass
         self._send(lent, [task.data], [])
         return True
+
+    def _look_out(self, lent: Lent, task: Task) -> None:
+        """`task` is the only one: if it is short, look for its answer in the next turns of the loop."""
+        if (
+            self._ewma_ns.get(task.call.shipped.key, SHORT_NS) < SHORT_NS
+            and self._looked_for is None
+            and self._lookout.worth()
+            and self._loop is not None
+        ):
+            self._looked_for = lent
+            self._lookout.begin()
+            self._loop.call_soon(self._look_for)
 
     def _send_tasks(self, lent: Lent, batch: list[Task]) -> None:
         handle = lent.handle

@@ -16,6 +16,7 @@ import msgspec
 from stageflow.core.executor import Call, Deliver, Noted, Outcome, Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
+from stageflow_executors.processes.lookout import Lookout
 from stageflow_executors.processes.payload import InlinePayload, ParentMemory, ProcessPayload
 from stageflow_executors.processes.supply import WorkerSupply
 from stageflow_executors.shm import codec
@@ -43,7 +44,18 @@ class Task(msgspec.Struct, eq=False):
 class Lent:
     """A worker while this lane has it."""
 
-    __slots__ = ("death", "frames", "handle", "next_frame", "outbox", "poll_timer", "start_timer", "tasks", "writing")
+    __slots__ = (
+        "apart",
+        "death",
+        "frames",
+        "handle",
+        "next_frame",
+        "outbox",
+        "poll_timer",
+        "start_timer",
+        "tasks",
+        "writing",
+    )
 
     def __init__(self, handle: WorkerHandle) -> None:
         self.handle = handle
@@ -52,6 +64,7 @@ class Lent:
         self.next_frame = 0
         self.outbox: deque[tuple[bytes, list[int]]] = deque()
         self.writing = False
+        self.apart: Callable[[], None] | None = None  # ends the lane's parting with it
         self.start_timer: asyncio.TimerHandle | None = None
         self.poll_timer: asyncio.TimerHandle | None = None  # asks whether a spawned worker lives
         self.death: asyncio.TimerHandle | None = None
@@ -87,6 +100,9 @@ class LaneState:
         self._standing = 0  # calls that stand still: each has a worker on top
         self._closed = False
         self._looks_later = False  # at its queue, once in this turn of the loop
+        self._cores = 0
+        self._lookout = Lookout()
+        self._looked_for: Lent | None = None  # whose answer is looked for before the loop sleeps
         self._ids = 0
         self._ewma_ns: dict[int, float] = {}  # per shipped function
         self._shipped_for: dict[int, tuple[Shipped, Callable[..., Any]]] = {}

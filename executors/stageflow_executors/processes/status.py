@@ -22,6 +22,7 @@ CANCEL_SEQ: Final = 64  #: grows with every cancel request; a worker that saw no
 CANCEL_SLOTS: Final = 65
 SLOTS: Final = 16
 LIMIT: Final = 82  #: bytes of shared memory this worker may reserve
+SPARE: Final = 83  #: 1 while there are more cores than workers at work: it may look for a frame before it sleeps
 REASON_AT: Final = 1024
 REASON_ROOM: Final = 160
 

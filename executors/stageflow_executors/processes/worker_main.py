@@ -33,6 +33,7 @@ from stageflow.core.worker import UnderWay
 from stageflow_executors.processes import capture as capturing
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
+from stageflow_executors.processes.lookout import SHORT_NS, Lookout
 from stageflow_executors.processes.port import Plain, ProcessPort
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm import codec, fidelity
@@ -181,6 +182,8 @@ class Worker:
         self._unwanted: frozenset[int] = frozenset()
         self._quick: set[int] = set()  # functions that took next to no time when last called
         self._calls = 0
+        self._took = SHORT_NS  # by the last call
+        self._lookout = Lookout()
         self._cpu_seen = 0  # this thread's CPU time when last looked at
 
     # ------------------------------------------------------------ sending
@@ -272,7 +275,11 @@ class Worker:
             if self.released:
                 self.flush()
             try:
-                received = self.channel.receive(wait=True)
+                received = None
+                if self._took < SHORT_NS and self._words[status.SPARE] and self._lookout.worth():
+                    received = self._lookout.look(self.channel.receive)
+                if received is None:
+                    received = self.channel.receive(wait=True)
             except ch.Closed:
                 return
             if received is None:  # idle for so long that the socket's own timeout struck
@@ -526,6 +533,7 @@ class Worker:
     def _cpu_time(self, key: int, took: int, clocked: bool) -> int:
         """CPU nanoseconds of a call that `took` so many of the wall clock, for which the clock was set or not."""
         self._calls += 1
+        self._took = took
         if not clocked and took < _QUICK_NS:
             if not self._calls & _LOOK_EVERY:
                 self._cpu_seen = time.thread_time_ns()

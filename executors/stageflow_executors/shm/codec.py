@@ -174,6 +174,11 @@ def _memoryview(value: memoryview, memory: Memory, threshold: int) -> Result:
     return Result([VIEW, data, value.format, list(value.shape or ())], value.nbytes, inline, blocks)
 
 
+def is_array(value: Any) -> bool:
+    """Is it an array that takes the light path, as far as one can tell without looking at its type of numbers?"""
+    return type(value) is _ndarray
+
+
 class _Unknown:
     """Stands for numpy's array type until there is one."""
 
