@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
-import struct
+import select
 import threading
 import time
 import weakref
@@ -42,15 +41,16 @@ if TYPE_CHECKING:
 BRIEF: Final = 0.002  #: seconds; who waits for a function that takes longer does not wait at the socket
 _TICK: Final = 0.005
 _UNHEARD_NS: Final = 2_000_000  #: an answer that nobody waits for is looked for after this
-_STUCK_NS: Final = 50_000_000  #: the same of one that somebody seems to wait for
+_STUCK_NS: Final = 200_000_000  #: the same of one that somebody seems to wait for
 _IDLE_TICKS: Final = 10  #: without a call, after which the lane has its worker back
-_PATIENCE: Final = 1024
+_LEAVE_TICKS: Final = 20  #: in which who waits at the socket has left it
+_PATIENCE: Final = 64
 _WORDS: Final = frozenset((type(None), bool, float))
 _I64: Final = 1 << 63
 _SMALL: Final = 1024
 _ARRAY: Final = 16384
 _ITEMS: Final = 16
-_WAIT_AT_MOST: Final = struct.pack("@ll", 0, 5000)
+_WAIT_MS: Final = 50  #: a busy machine may not turn to the worker before
 
 
 class _Errand(msgspec.Struct, eq=False):
@@ -106,9 +106,9 @@ class Direct:
         self._ticks = 0  # since the last call
         self._resumed = False  # the lane listens again
         self.answers = 0
-        sock = lent.handle.channel.sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _WAIT_AT_MOST)  # of receives that wait: those here
-        self._receive = sock.recvmsg_into
+        self._receive = lent.handle.channel.sock.recvmsg_into
+        self._ready = select.poll()  # libuv has made the socket one that never waits
+        self._ready.register(lent.handle.channel.fileno(), select.POLLIN)
         lent.apart = self.end
         loop.call_later(_TICK, self.tick)
 
@@ -175,7 +175,7 @@ class Direct:
     def _take(self) -> bool:
         """Get a frame, within some milliseconds."""
         inbox, receive, errand = self._inbox, self._receive, self._errand
-        room, ancillary = (self._room,), (ch.ROOM,)
+        room, ancillary, now = (self._room,), (ch.ROOM,), (ch.MSG_CMSG_CLOEXEC | ch.MSG_DONTWAIT,)
         if (
             errand is not None
             and errand.function.seconds * 1e9 < SHORT_NS
@@ -183,7 +183,6 @@ class Direct:
             and self._lookout.worth()
         ):
             self._lookout.begin()
-            now = (ch.MSG_CMSG_CLOEXEC | ch.MSG_DONTWAIT,)
             while True:
                 try:
                     inbox.extend(map(receive, room, ancillary, now))  # in one step: received is kept
@@ -194,9 +193,11 @@ class Direct:
                         break
                 except OSError:
                     return False
+        if not self._ready.poll(_WAIT_MS):
+            return False
         try:
-            inbox.extend(map(receive, room, ancillary, (ch.MSG_CMSG_CLOEXEC,)))
-        except OSError:  # the time is over, or the channel is closed
+            inbox.extend(map(receive, room, ancillary, now))
+        except OSError:  # somebody else had it, or the channel is closed
             return False
         return True
 
@@ -241,7 +242,7 @@ class Direct:
         self._ticks += 1
         read, errand = self._reading.locked(), self._errand
         if not self._open:
-            if not read or self._ticks > _IDLE_TICKS:
+            if not read or self._ticks > _LEAVE_TICKS:
                 self._resume()
                 return
         elif errand is not None:

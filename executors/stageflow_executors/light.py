@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 #: re-entered by finalizers and signal handlers that ask for a condition
 _lock: Final = threading.RLock()
-_PATIENT: Final = 0.02  #: seconds; who waits no longer does not wait where waiting takes some milliseconds
+_PATIENT: Final = 0.2  #: seconds; who waits no longer does not wait where a quarter of it may pass unnoticed
 _OVER: Final = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED))
 
 
