@@ -1,5 +1,6 @@
-"""Where the time of a round trip goes: CPU microseconds of the parent and of the worker, beside a bare bounce of a
-frame over the same kind of socket with the same loop. CPU time is steadier than the clock on a busy machine.
+"""Where the time of a round trip goes: CPU microseconds of the parent and of the worker, and of the clock, beside a
+bare bounce of a frame over the same kind of socket with the same loop. CPU time is steadier than the clock on a busy
+machine, but holds the microseconds of looking before sleeping.
 """
 
 from __future__ import annotations
@@ -7,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import operator
-import os
-import socket
 import threading
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy
 import psutil
 import uvloop
 
+from benchmarks.executors.bare import Bounce, echoing
 from benchmarks.measures.executors import process_chain
 from stageflow import Engine
 from stageflow_executors.futures import ProcessPoolExecutor
@@ -37,46 +37,19 @@ def same(value: Any) -> Any:
     return value
 
 
-def echo(sock: socket.socket) -> None:
-    """The other end of the bare bounce: tells its CPU seconds in a frame of eight bytes when asked by one of one."""
-    room = [bytearray(132_000)]
-    while size := sock.recvmsg_into(room, 272)[0]:
-        sock.send(b"x" * 40 if size > 1 else str(time.process_time()).encode())
-    os._exit(0)
-
-
-async def bounce() -> tuple[float, float, float]:
+async def bounce(*, asleep: bool) -> tuple[float, float, float]:
     """Parent's CPU, other side's CPU, and wall, in seconds per trip, of frames that carry nothing."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if not os.fork():
-        ours.close()
-        echo(theirs)
-    theirs.close()
-    loop = asyncio.get_running_loop()
-    room = [bytearray(132_000)]
-    waiting: asyncio.Future[bytes] = loop.create_future()
-
-    def readable() -> None:
-        size = ours.recvmsg_into(room, 272, socket.MSG_DONTWAIT)[0]
-        waiting.set_result(bytes(room[0][:size]))
-
-    loop.add_reader(ours.fileno(), readable)
-
-    async def trip(frame: bytes) -> bytes:
-        nonlocal waiting
-        waiting = loop.create_future()
-        ours.send(frame)
-        return await waiting
-
-    found = []
-    for _ in range(ROUNDS):
-        there, here, clock = float(await trip(b"?")), time.process_time(), time.perf_counter()
-        for _ in range(TRIPS):
-            await trip(b"x" * 40)
-        clock, here = time.perf_counter() - clock, time.process_time() - here
-        found.append((here / TRIPS, (float(await trip(b"?")) - there) / TRIPS, clock / TRIPS))
-    loop.remove_reader(ours.fileno())
-    ours.close()
+    with echoing(asleep=asleep) as sock:
+        ours = Bounce(sock, asyncio.get_running_loop(), asleep=asleep)
+        ours.listen()
+        found = []
+        for _ in range(ROUNDS):
+            below = psutil.Process().children()
+            there, here, clock = on_cores(below), time.process_time(), time.perf_counter()
+            await ours.trips(TRIPS, 40)
+            clock, here = time.perf_counter() - clock, time.process_time() - here
+            found.append((here / TRIPS, (on_cores(below) - there) / TRIPS, clock / TRIPS))
+        asyncio.get_running_loop().remove_reader(sock.fileno())
     return least(found)
 
 
@@ -119,8 +92,8 @@ def least(rounds: list[tuple[float, float, float]]) -> tuple[float, float, float
 
 
 def to_a_thread_and_back() -> tuple[float, float, float]:
-    """What remains of a drop-in call without its worker: a thread's loop is woken, and resolves the future that this
-    thread waits for."""
+    """What a drop-in call costs beside its worker where it goes through the loop's thread: that is woken, and resolves
+    the future that this thread waits for."""
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -153,7 +126,11 @@ def pool_trips(pool: concurrent.futures.Executor, function: Any, value: Any) -> 
 
 async def main() -> None:
     """Print the table."""
-    rows = [("bare bounce, no codec", await bounce()), ("to a thread and back, no worker", to_a_thread_and_back())]
+    rows = [
+        ("bare bounce, both asleep meanwhile", await bounce(asleep=True)),
+        ("bare bounce, both look first", await bounce(asleep=False)),
+        ("to a thread and back, no worker", to_a_thread_and_back()),
+    ]
     async with ProcessExecutor(1) as lane:
         for name, function, value in (
             ("no-op on an int (L1)", operator.abs, 1),

@@ -66,6 +66,8 @@ def _latency(scale: float) -> Iterator[Sides]:
         bare = stack.enter_context(loop_runner())
         bounce = stack.enter_context(bouncing_on(bare))
         sides.add("bounce", timed(lambda: bare.run(bounce.trips(trips, 40))))
+        asleep = stack.enter_context(bouncing_on(bare, asleep=True))
+        sides.add("asleep", timed(lambda: bare.run(asleep.trips(trips, 40))))
 
         runner, engine = stack.enter_context(engine_on_loop(processes=1))
         length = max(20, int(200 * scale))
@@ -244,6 +246,13 @@ SCENARIOS = (
                 what="a frame there and back, no executor (limit)",
                 against="concurrent.futures",
                 over="bounce",
+                under="ppe",
+            ),
+            Row(
+                id="L1",
+                what="the same, both sides asleep meanwhile",
+                against="concurrent.futures",
+                over="asleep",
                 under="ppe",
             ),
             Row(id="L1", what="no-op round trip, ProcessExecutor", against="mp.Pool", over="lane", under="mp.Pool"),

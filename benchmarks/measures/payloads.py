@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from benchmarks.executors.bare import bouncing_in_a_thread, bouncing_on
+from benchmarks.executors.bare import bouncing_by_hand, bouncing_on
 from benchmarks.harness import MissingPeerError, Row, Scenario, Sides
 from benchmarks.measures.common import engine_on_loop, enter, loop_runner, our_pool, standard_pool, timed
 from benchmarks.peers import WORKERS, need, ray_here
@@ -206,8 +206,8 @@ def _small(scale: float) -> Iterator[Sides]:
         bare = stack.enter_context(loop_runner())
         bounce = stack.enter_context(bouncing_on(bare))
         sides.add("1 KB bounce", timed(lambda: bare.run(bounce.trips(trips, 1100))))
-        hop = stack.enter_context(bouncing_in_a_thread())
-        sides.add("1 KB hop", timed(lambda: hop.trips_from_outside(trips, 1100)))
+        hand = stack.enter_context(bouncing_by_hand())
+        sides.add("1 KB by hand", timed(lambda: hand.trips_by_hand(trips, 1100)))
         for name, call in _both(round_trip, ours, standard, "records"):
             sides.add(name, timed(call, repeat=5))
         for name, call in _both(one_by_one, ours, standard, "1 KB"):
@@ -381,10 +381,10 @@ SCENARIOS = (
             ),
             Row(
                 id="P5",
-                what="the same, asked for by another thread (limit)",
+                what="the same by a thread without a loop (limit)",
                 against="concurrent.futures",
                 over="1 KB ppe",
-                under="1 KB hop",
+                under="1 KB by hand",
                 at_most=False,
             ),
         ),
