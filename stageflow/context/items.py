@@ -76,7 +76,7 @@ class ItemProgram(Program):
         """Run a block; yields a Reply per part and returns the last one, which ends the call together with it."""
         parsed = [piece if type(piece) is Piece else Piece(*piece) for piece in pieces]
         if self.batch:
-            return self._run_batch(port, header, snapshot, parsed, args)
+            return (yield from self._run_batch(port, header, snapshot, parsed, args))
         started = time.perf_counter()
         return (
             yield from run_pieces(parsed, lambda piece: self._run_piece(port, header, snapshot, piece, args, started))
@@ -268,15 +268,49 @@ class ItemProgram(Program):
 
     def _run_batch(
         self, port: WorkerPort, header: Header, snapshot: Any, pieces: list[Piece], args: tuple[Any, ...]
-    ) -> Reply:
+    ) -> Generator[Reply, None, Reply]:
         """Hand the function one list of all items of the block; it returns as many, or (a generator) any number."""
         commons = args[: len(self.plan.slots)]
         columns, indices, paths = batch_of(pieces, args)
         port.items(lambda: (self.name, paths[0] if paths else None))  # as `ctx.item` has it
         started, cpu_started = time.perf_counter(), time.thread_time()
-        result, _ = self.call_item(port, header, snapshot, commons, columns, paths[0] if paths else None)
+        path = paths[0] if paths else None
+        result, _ = self.call_item(port, header, snapshot, commons, columns, path, pieces[0].skip)
+        if self.flat and type(result) is not list:
+            return (yield from self._flow_batch(result, pieces, indices, cpu_started))
         seconds, cpu = time.perf_counter() - started, time.thread_time() - cpu_started
         return self.batch_reply(result, pieces, indices, paths, seconds, cpu)
+
+    def _flow_batch(
+        self, flowing: Flowing, pieces: list[Piece], indices: list[int], cpu_started: float
+    ) -> Generator[Reply, None, Reply]:
+        """Report a batch that gives more than may be held while its generator runs. It is known by its first item; a
+        gap before that is reported apart."""
+        index = indices[0]
+        if pieces[0].lo < index:
+            yield _gap(pieces[0].lo, index)
+        try:
+            going = True
+            while going:
+                flowing.check(self.check)
+                yield flowing.part(index)
+                if flowing.asks:
+                    flowing.stand()
+                if flowing.port.cancelled():
+                    raise StageCancelledError(flowing.port.cancel_reason() or "cancelled")
+                going = flowing.more()
+            flowing.check(self.check)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            if flowing.values and not flowing.port.cancelled():
+                yield flowing.part(index, last=True)  # what came before the failure
+            raise
+        finally:
+            flowing.close()
+            finish_context(flowing.ctx)
+        seconds = time.perf_counter() - flowing.began
+        return _flowed(flowing, pieces, indices, seconds, time.thread_time() - cpu_started)
 
     def batch_reply(
         self,
@@ -294,7 +328,8 @@ class ItemProgram(Program):
                 self.check(value)
             ranges = tuple((piece.lo, piece.hi, mask_to_wire(piece.mask)) for piece in pieces)
             counts = (len(kept), *([0] * (len(indices) - 1)))
-            return Reply(kept, Done(ranges, counts=counts, seconds=seconds, cpu_seconds=cpu))
+            flows = ((indices[0], pieces[0].skip),) if pieces[0].skip else ()
+            return Reply(kept, Done(ranges, counts=counts, seconds=seconds, cpu_seconds=cpu, flows=flows))
         try:
             values = list(result)
         except TypeError:
@@ -450,8 +485,37 @@ class ItemProgram(Program):
     ) -> Reply:
         columns, indices, paths = batch_of(pieces, args)
         started = time.perf_counter()
-        result, _ = await self._call_async(port, header, snapshot, commons, columns, paths[0] if paths else None)
+        path = paths[0] if paths else None
+        result, _ = await self._call_async(port, header, snapshot, commons, columns, path, pieces[0].skip)
+        if type(result) is Flowing:
+            return await self._flow_batch_async(port, result, pieces, indices)
         return self.batch_reply(result, pieces, indices, paths, time.perf_counter() - started, 0.0)
+
+    async def _flow_batch_async(
+        self, port: WorkerPort, flowing: Flowing, pieces: list[Piece], indices: list[int]
+    ) -> Reply:
+        """`_flow_batch` on the caller's loop: what is told goes by the port."""
+        index = indices[0]
+        if pieces[0].lo < index:
+            await cast("TellingPort", port).tell(_gap(pieces[0].lo, index))
+        try:
+            going = True
+            while going:
+                flowing.check(self.check)
+                await flowing.tell(index)
+                if port.cancelled():
+                    raise StageCancelledError(port.cancel_reason() or "cancelled")
+                going = await flowing.gather(HELD_ITEMS, PART_BYTES, FLOW_SECONDS)
+            flowing.check(self.check)
+        except Exception:
+            if flowing.values and not port.cancelled():
+                await flowing.tell(index, last=True)  # what came before the failure
+            raise
+        finally:
+            await flowing.aclose()
+            if flowing.ctx is not None:
+                await finish_context_async(flowing.ctx)
+        return _flowed(flowing, pieces, indices, time.perf_counter() - flowing.began, 0.0)
 
     async def _call_async(
         self,
@@ -495,3 +559,22 @@ def _end_item(own: ItemPort, task: asyncio.Task[Any] | None) -> None:
     """Interrupt the item of a block that its task is at, if it is the one that was asked to stop."""
     if task is not None and stops_item(own.port.cancel_reason()) and own.cancelled():
         task.cancel()
+
+
+def _gap(lo: int, hi: int) -> Reply:
+    """Indices of which none is there."""
+    return Reply(None, Done(((lo, hi, 0),), counts=()), has_value=False)
+
+
+def _flowed(flowing: Flowing, pieces: list[Piece], indices: list[int], seconds: float, cpu: float) -> Reply:
+    """The end of a batch whose values left before it: the last of them, and that its items are finished."""
+    index = indices[0]
+    ranges = tuple(
+        (index, piece.hi, mask_to_wire(mask_of(piece.indices(), index, piece.hi)))
+        if place == 0
+        else (piece.lo, piece.hi, mask_to_wire(piece.mask))
+        for place, piece in enumerate(pieces)
+    )
+    counts = (len(flowing.values), *([0] * (len(indices) - 1)))
+    flows = ((index, flowing.told),)
+    return Reply(flowing.values, Done(ranges, counts=counts, seconds=seconds, cpu_seconds=cpu, flows=flows))

@@ -196,6 +196,8 @@ class Part:
                 if program.flat and type(result) is not list:
                     self.flowing = result
                     break
+                if self.piece.skip:
+                    self.flows = ((index, self.piece.skip),)
                 self.take(result, index, path, ctx)
             except BaseException as error:  # SystemExit in a stage is that item's failure, not the worker's end
                 stopped = isinstance(error, asyncio.CancelledError) and own.cancelled()

@@ -294,7 +294,10 @@ def _bounds(graph: StageGraph, config: Any) -> list[str]:
             "or 1,000 values of an element are held for a retry"
         )
     if whole := [spec.name for spec in flat if not flows_early(spec)]:
-        lines.append(f"not bounded: all that one element or batch of {', '.join(whole)} gives is held until its end")
+        lines.append(
+            f"not bounded: all that one element or batch of {', '.join(whole)} gives is held until its end, because "
+            "idempotency= and interceptors in the parent take it as one"
+        )
     unbounded = [
         f"{graph.specs[j].name} -> {graph.specs[i].name}"
         for i, whole in graph.barriers.items()

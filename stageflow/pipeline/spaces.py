@@ -77,4 +77,4 @@ def flows_early(spec: StageSpec) -> bool:
     """Whether values of a flat-map's item may leave before its generator has ended: nobody waits for all at once."""
     policies = spec.policies
     around = policies.idempotency is not None or not all(asks_for_worker(one) for one in policies.interceptors)
-    return spec.is_generator and policies.batch is None and not around
+    return spec.is_generator and not around

@@ -444,14 +444,16 @@ class BlockRules:
         else:
             for segment in rest:
                 segment.since = now
-                self._put_back(stream, segment)
+            self._put_back(stream, *rest)
 
-    def _put_back(self: Machine, stream: Stream, segment: Segment) -> None:
+    def _put_back(self: Machine, stream: Stream, *segments: Segment) -> None:
+        """These are to run again; what was a batch stays one."""
         if stream.batch:
-            stream.jobs.appendleft([segment])
-            stream.ready_count += segment.count()
+            stream.jobs.appendleft(list(segments))
+            stream.ready_count += sum(segment.count() for segment in segments)
         else:
-            stream.push(segment)
+            for segment in segments:
+                stream.push(segment)
 
     def _unreported(self: Machine, task: Task) -> list[Segment]:
         """The parts of the task's segments that no part has reported."""

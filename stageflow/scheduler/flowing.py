@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.books import Run, Task
+from stageflow.scheduler.outcomes import is_final
 from stageflow.scheduler.streams import Chunk, Segment, Stream
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class FlowingRules:
         ((index, told),) = signal.done.flows
         (count,) = signal.done.counts or (0,)
         unwanted = run.ending is not None or stream.ended or stream.shedding
-        if unwanted or not signal.handle or index in (task.doomed or ()):
+        doomed = task.doomed or ()
+        if unwanted or not signal.handle or index in doomed or (doomed and stream.batch):
             if signal.handle:
                 self._out.append(act.Release(run.id, (signal.handle,)))
             if signal.done.asks:
@@ -72,8 +74,8 @@ class FlowingRules:
         self._give(run, stream, first, first + count, -1, chunk, at, now)
 
     def _begun(self: Machine, stream: Stream, segments: list[Segment]) -> int:
-        """How many values of the one item of a block have gone on already."""
-        if not stream.flowed or len(segments) != 1:
+        """How many values of the one item of a block, or of a batch, have gone on already."""
+        if not stream.flowed or (len(segments) != 1 and not stream.batch):
             return 0
         segment = segments[0]
         return next((count for index, count in stream.flowed.items() if segment.has(index)), 0)
@@ -83,6 +85,8 @@ class FlowingRules:
     ) -> list[Segment]:
         """A block has ended before items whose values have begun to go on: they fail, or are to run by themselves.
         Returns what is left of it."""
+        if stream.batch:
+            return self._begun_batch(run, task, stream, rest, signal, now)
         left: list[Segment] = []
         for segment in rest:
             lo = segment.lo
@@ -101,6 +105,30 @@ class FlowingRules:
             elif lo < segment.hi:
                 self._keep_rest(run, stream, segment.cut(lo, segment.hi), left, now)
         return left
+
+    def _begun_batch(
+        self: Machine, run: Run, task: Task, stream: Stream, rest: list[Segment], signal: sig.BlockPart, now: float
+    ) -> list[Segment]:
+        """A batch has ended before its values had all gone on: it is run again as it is, or all of it fails. What is
+        left of one of which nothing has gone on."""
+        if not rest or not self._has_flowed(stream, task.segments or rest):
+            return rest
+        if signal.status == "lost" and run.layout.specs[stream.stage].policies.replayable:
+            deaths = max(segment.deaths for segment in rest) + signal.suspect
+            if not (signal.suspect and is_final(signal.error, deaths, self.poison_limit)):
+                for segment in rest:
+                    segment.deaths = deaths
+                self._put_back(stream, *rest)
+                return []
+        if signal.status == "ok" and task.stopping is None:
+            self._put_back(stream, *rest)  # its lane gave it back
+            return []
+        self._whole_block_failed(run, task, stream, rest, signal, now)
+        return []
+
+    def _has_flowed(self: Machine, stream: Stream, segments: list[Segment]) -> bool:
+        """Whether values of one of these items, or of the batch that they are, have gone on."""
+        return any(segments[0].lo <= index < segments[-1].hi for index in stream.flowed)
 
     def _keep_rest(self: Machine, run: Run, stream: Stream, segment: Segment, left: list[Segment], now: float) -> None:
         """What lies beside such an item: nothing is run where there is only a gap."""

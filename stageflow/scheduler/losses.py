@@ -152,13 +152,15 @@ class LossRules:
             run.first_start.setdefault(key, task.begun)
         # a thread that goes on could run beside its own retry: side effects twice at once
         overlaps = signal.abandoned and run.layout.specs[stream.stage].kind == "work" and policies.idempotency is None
-        final = overlaps or (not policies.replayable and any(rest[0].has(index) for index in stream.flowed))
+        begun = bool(stream.flowed) and self._has_flowed(stream, rest)
+        final = overlaps or (begun and not policies.replayable)
         delay = None if final else self._retry_delay(run, stream.stage, task.attempt, question, now, policies, key)
-        if delay is None and count > 1 and run.ending is None and not overlaps:
+        if delay is None and count > 1 and run.ending is None and not (overlaps or begun):
             # the guilty alone are lost: run the elements one by one
             for segment in rest:
                 self._take_apart(run, stream, segment, now)
             return
+        together: list[int] = []
         for segment in rest:
             path = path_of(signal, segment)
             if delay is not None:
@@ -170,7 +172,7 @@ class LossRules:
                     attempt=task.attempt,
                     data={"delay_ms": delay * 1000.0, "error": error.message, "why": "failure"},
                 )
-                self._retry_segment(run, stream, segment, task.attempt + 1, delay, now)
+                self._retry_segment(run, stream, segment, task.attempt + 1, delay, now, together)
             else:
                 item = msgspec.structs.replace(error, item=path)
                 self._consume(run, task, segment.lo, segment.hi)
@@ -191,21 +193,38 @@ class LossRules:
         )  # fmt: skip
 
     def _retry_segment(
-        self: Machine, run: Run, stream: Stream, segment: Segment, attempt: int, delay: float, now: float
+        self: Machine,
+        run: Run,
+        stream: Stream,
+        segment: Segment,
+        attempt: int,
+        delay: float,
+        now: float,
+        together: list[int] | None = None,
     ) -> None:
+        """`together`: the timers of the other segments of its batch, which stays one."""
         later = Segment(
             segment.lo, segment.hi, segment.mask, segment.columns, now, segment.deaths, attempt, segment.apart
         )
         run.retry_timers += 1
 
         def again(due: sig.TimerDue, when: float) -> None:
-            run.retry_timers -= 1
-            del stream.delayed[timer]
-            later.since = when
-            self._put_back(stream, later)
+            batch: list[Segment] = []
+            for one in timers:
+                found = stream.delayed.pop(one, None)
+                if found is None:
+                    continue  # stopped meanwhile
+                run.retry_timers -= 1
+                found.since = when
+                batch.append(found)
+                if one != timer:
+                    self._drop_timer(one)
+            self._put_back(stream, *batch)
             self._offer(run, stream, when)
 
         timer = self._set_timer(run, now + delay, again)
+        timers = together if together is not None and stream.batch else []
+        timers.append(timer)
         stream.delayed[timer] = later
 
     def _block_lost(
@@ -213,10 +232,10 @@ class LossRules:
     ) -> None:
         """The worker died. A block is narrowed down to the guilty item; that item is lost after `poison_limit`
         deaths."""
+        if not signal.suspect:
+            self._put_back(stream, *rest)
+            return
         for segment in rest:
-            if not signal.suspect:
-                self._put_back(stream, segment)
-                continue
             deaths = segment.deaths + 1
             count = segment.count()
             if count <= 1 and is_final(signal.error, deaths, self.poison_limit):

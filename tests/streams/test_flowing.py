@@ -191,3 +191,110 @@ def test_what_flows_without_end_can_be_stopped(engine, kind, whole):
         assert seen[-6:] == [0, 1, 2, 0, 1, 2]
         assert seen[3:-6] == list(range(len(seen) - 9))
         assert (result.stats["endless"].items_out, result.stats["endless"].cancelled) == (3, 1)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def fourth(x: int):
+    return DROP if x % 4 == 0 else x  # so batches begin with a gap, and have some inside
+
+
+def batched(runner, gate=None, *, kind="transform", **policies):
+    def same(value, ctx):
+        if gate is not None and ctx.item == (5, 50):
+            gate.touch()
+        return value, ctx.item
+
+    return (
+        PipelineBuilder("batched").stage("source", numbers).map("kept", fourth, "source", kind="work")
+        .map("many", runner, "kept", kind=kind, batch=3, **policies)
+        .map("same", same, "many", kind="work").build()
+    )  # fmt: skip
+
+
+def batches(n: int) -> list[list[int]]:
+    there = [x for x in range(n) if x % 4]
+    return [there[at : at + 3] for at in range(0, len(there), 3)]
+
+
+def given(n: int, many: int) -> list:
+    """What `same` sees: a batch is known by its first item."""
+    return [((xs[-1], k), (xs[0], k)) for xs in batches(n) for k in range(many if xs[0] == 5 else 2)]
+
+
+def seen_of(result) -> list:
+    return [(tuple(value), tuple(path)) for value, path in result.data("same")]
+
+
+@pytest.mark.parametrize("kind", ["transform", "work", "async"])
+def test_the_values_of_a_batch_go_on_while_its_generator_runs(engine, kind, tmp_path):
+    gate = tmp_path / "seen"
+
+    def many(xs: list[int]):
+        for k in range(9000 if xs[0] == 5 else 2):
+            if k == 8000:  # the first are read before the last are made
+                while not gate.exists():
+                    threading.Event().wait(0.001)
+            yield xs[-1], k
+
+    async def many_async(xs: list[int]):
+        for k in range(9000 if xs[0] == 5 else 2):
+            if k == 8000:
+                while not gate.exists():
+                    await asyncio.sleep(0.001)
+            yield xs[-1], k
+
+    runner, kind = (many_async, "work") if kind == "async" else (many, kind)
+    result = engine.run(batched(runner, gate, kind=kind), {"n": 14})
+    assert result.success, result.error
+    assert seen_of(result) == given(14, 9000)
+    stats = result.stats["many"]
+    assert (stats.items_in, stats.items_out, stats.emitted) == (10, 10, len(given(14, 9000)))
+
+
+def breaking(mark, gate, how):
+    def many(xs: list[int]):
+        for k in range(5000 if xs[0] == 5 else 2):
+            if k == 3210 and not mark.exists():
+                mark.touch()
+                while not gate.exists():  # what came before has gone on
+                    threading.Event().wait(0.001)
+                if how == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ConnectionError("lost")
+            yield xs[-1], k
+
+    return many
+
+
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_a_batch_that_gives_the_same_again_goes_on_where_it_stopped(engine, how, tmp_path):
+    gate = tmp_path / "seen"
+    runner = breaking(tmp_path / "mark", gate, how)
+    result = engine.run(batched(runner, gate, retry=AT_ONCE, replayable=True), {"n": 14})
+    assert result.success, result.error
+    assert seen_of(result) == given(14, 5000)
+
+
+def test_all_of_a_batch_fails_once_its_values_have_gone_on(engine, tmp_path):
+    gate = tmp_path / "seen"
+    runner = breaking(tmp_path / "mark", gate, "raises")
+    result = engine.run(batched(runner, gate, retry=AT_ONCE), {"n": 14}, failure_mode="continue_on_failure")
+    stats = result.stats["many"]
+    assert (stats.items_out, stats.failed) == (7, 3)
+    assert seen_of(result) == [one for one in given(14, 5000) if one[1][0] != 5 or one[1][1] < 3210]
+
+
+def test_a_batch_stays_one_when_it_is_tried_again(engine, tmp_path):
+    mark = tmp_path / "mark"
+
+    def doubled(xs: list[int]) -> list[tuple[int, int]]:
+        if 6 in xs and not mark.exists():
+            mark.touch()
+            raise ConnectionError("lost")
+        return [(2 * x, len(xs)) for x in xs]
+
+    result = engine.run(batched(doubled, retry=AT_ONCE), {"n": 14})
+    assert result.success, result.error
+    assert [value for value, _ in result.data("same")] == [(2 * x, len(xs)) for xs in batches(14) for x in xs]

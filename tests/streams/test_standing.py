@@ -70,7 +70,7 @@ def numbers(n: int):
 
 
 def maker(counters: Counters, many: int, size: int = MB):
-    def make(x: int):
+    def make(x):
         counters[PID] = os.getpid()
         for k in range(many):
             counters[MADE] += 1
@@ -81,7 +81,7 @@ def maker(counters: Counters, many: int, size: int = MB):
 
 
 def on_loop(make):
-    async def made(x: int):
+    async def made(x):
         for value in make(x):
             yield value
             await asyncio.sleep(0)
@@ -104,8 +104,9 @@ def graph_of(make, keep, *, kind: str, **policies):
     return builder.sink("keep", keep, "make", kind="work", ordered=True).build()
 
 
+@pytest.mark.parametrize("batch", [None, 2])
 @pytest.mark.parametrize(("kind", "through"), [("transform", "transform"), ("work", "work"), ("async", "work")])
-def test_a_generator_is_never_further_ahead_than_the_memory_limit_allows(tmp_path, kind, through):
+def test_a_generator_is_never_further_ahead_than_the_memory_limit_allows(tmp_path, kind, through, batch):
     counters = Counters(tmp_path / "counters")
     seen = []
     make = maker(counters, 90)
@@ -119,7 +120,7 @@ def test_a_generator_is_never_further_ahead_than_the_memory_limit_allows(tmp_pat
         return pair[0]
 
     graph = (
-        PipelineBuilder("standing").stage("source", numbers).map("make", make, "source", kind=kind)
+        PipelineBuilder("standing").stage("source", numbers).map("make", make, "source", kind=kind, batch=batch)
         .map("same", same, "make", kind=through).sink("keep", seen.append, "same", kind="work", ordered=True).build()
     )  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_a_generator_is_never_further_ahead_than_the_memory_limit_allows(tmp_pat
 def test_several_that_stand_still_take_their_turns(tmp_path):
     seen = []
 
-    def make(x: int):
+    def make(x):
         for k in range(30):
             yield x, k, bytes(MB)
 
@@ -229,7 +230,7 @@ def test_the_time_for_which_it_stood_is_not_its_own():
     def keep(pair) -> None:
         threading.Event().wait(0.005)
 
-    def make(x: int):
+    def make(x):
         for k in range(60):
             yield k, bytes(MB)
 
