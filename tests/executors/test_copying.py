@@ -15,51 +15,76 @@ from stageflow_executors.shm import copying
 
 @pytest.mark.parametrize("nbytes", [1, 4095, 8192, 8193, 100_003])
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_both_halves_arrive_and_nothing_beside_them_is_written(nbytes: int, kind: type) -> None:
+def test_every_piece_arrives_and_nothing_beside_it_is_written(
+    nbytes: int, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "PIECE", 4096)
     data = random.Random(nbytes).randbytes(nbytes)
     room = bytearray(b"\xaa" * (nbytes + 20))
-    copying.copy_in_halves(memoryview(room)[7 : 7 + nbytes], kind(data))
+    copying.copy_by_two(memoryview(room)[7 : 7 + nbytes], kind(data))
     assert room == b"\xaa" * 7 + data + b"\xaa" * 13
 
 
 def test_where_no_thread_can_be_started_one_copies_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: threading.Thread) -> None:
+    def refused(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(copying._thread, "start_new_thread", refused)
     room = bytearray(10_000)
-    copying.copy_in_halves(memoryview(room), b"x" * 10_000)
+    copying.copy_by_two(memoryview(room), b"x" * 10_000)
     assert room == b"x" * 10_000
+
+
+@pytest.mark.parametrize("late", ["helper", "caller"])
+def test_who_has_the_core_does_the_rest(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+    """One of the two gets no further than its first piece until all others are done."""
+    monkeypatch.setattr(copying, "PIECE", 100)
+    copy, caller = copying.ctypes.memmove, threading.current_thread()
+    others_done, began = threading.Event(), threading.Event()
+    copied: list[bool] = []
+
+    def one_is_late(target: int, source: int, nbytes: int) -> None:
+        by_caller = threading.current_thread() is caller
+        if by_caller == (late == "caller"):
+            began.set()
+            assert others_done.wait(30)
+        else:
+            assert began.wait(30)
+        copy(target, source, nbytes)
+        copied.append(by_caller)
+        if len(copied) == 99:
+            others_done.set()
+
+    monkeypatch.setattr(copying.ctypes, "memmove", one_is_late)
+    room, data = bytearray(10_000), random.Random(1).randbytes(10_000)
+    copying.copy_by_two(memoryview(room), data)
+    assert room == data
+    assert copied.count(late == "caller") == 1
 
 
 def test_an_interrupt_is_raised_when_nobody_writes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block given back while half of it is still being written would show those bytes to its next owner."""
-    real = threading.Thread.join
-    joins = []
+    monkeypatch.setattr(copying, "PIECE", 100)
+    copy, caller = copying.ctypes.memmove, threading.current_thread()
+    began, writing = threading.Event(), threading.Event()
+    copied: list[bool] = []
 
-    def interrupted_once(thread: threading.Thread, timeout: float | None = None) -> None:
-        joins.append(thread)
-        if len(joins) == 1:
+    def interrupted_at_once(target: int, source: int, nbytes: int) -> None:
+        if threading.current_thread() is caller:
+            assert began.wait(30)
+            threading.Timer(0.02, writing.set).start()
             raise KeyboardInterrupt
-        real(thread, timeout)
-
-    gate = threading.Event()
-    copy = copying.ctypes.memmove
-
-    def second_half_waits(target: int, source: int, nbytes: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            assert gate.wait(10)
+        began.set()
+        assert writing.wait(30)
         copy(target, source, nbytes)
-        if threading.current_thread() is threading.main_thread():
-            threading.Timer(0.02, gate.set).start()
+        copied.append(True)
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted_once)
-    monkeypatch.setattr(copying.ctypes, "memmove", second_half_waits)
+    monkeypatch.setattr(copying.ctypes, "memmove", interrupted_at_once)
     room = bytearray(10_000)
     with pytest.raises(KeyboardInterrupt):
-        copying.copy_in_halves(memoryview(room), b"x" * 10_000)
-    assert room == b"x" * 10_000
-    assert len(joins) == 2
+        copying.copy_by_two(memoryview(room), b"x" * 10_000)
+    assert copied == [True]  # the piece it was at, and none after it
+    assert room.count(b"x") == 100
 
 
 def same(value: Any) -> Any:
@@ -69,11 +94,11 @@ def same(value: Any) -> Any:
 async def test_large_values_of_each_path_cross_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     numpy = pytest.importorskip("numpy")
     halves = []
-    monkeypatch.setattr("stageflow_executors.processes.payload.HALVES_ABOVE", 100_000)
+    monkeypatch.setattr("stageflow_executors.processes.payload.SHARED_ABOVE", 100_000)
     monkeypatch.setattr("stageflow_executors.processes.payload.usable_cores", lambda: 2)
     monkeypatch.setattr(
-        "stageflow_executors.processes.payload.copy_in_halves",
-        lambda into, data: (halves.append(into.nbytes), copying.copy_in_halves(into, data)),
+        "stageflow_executors.processes.payload.copy_by_two",
+        lambda into, data: (halves.append(into.nbytes), copying.copy_by_two(into, data)),
     )
     array = numpy.random.default_rng(1).random(50_001)
     async with ProcessExecutor(1) as lane:
@@ -91,10 +116,10 @@ def line_of(path: str) -> str:
 
 async def test_a_worker_at_work_keeps_its_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves: list[int] = []
-    monkeypatch.setattr("stageflow_executors.processes.payload.HALVES_ABOVE", 100_000)
+    monkeypatch.setattr("stageflow_executors.processes.payload.SHARED_ABOVE", 100_000)
     monkeypatch.setattr("stageflow_executors.processes.payload.usable_cores", lambda: 2)
     monkeypatch.setattr(
-        "stageflow_executors.processes.payload.copy_in_halves", lambda into, data: halves.append(into.nbytes)
+        "stageflow_executors.processes.payload.copy_by_two", lambda into, data: halves.append(into.nbytes)
     )
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -11,7 +11,7 @@ import msgspec
 from stageflow.core.errors import StageflowError
 from stageflow_executors.processes.machine import usable_cores
 from stageflow_executors.shm import codec, fidelity
-from stageflow_executors.shm.copying import HALVES_ABOVE, copy_in_halves
+from stageflow_executors.shm.copying import SHARED_ABOVE, copy_by_two
 from stageflow_executors.shm.lease import Books, ValueReader
 
 if TYPE_CHECKING:
@@ -140,10 +140,10 @@ class ParentMemory:
 
     def copy(self, into: memoryview, data: Any) -> None:
         """By two threads where it is worth it and no worker wants the core."""
-        if into.nbytes < HALVES_ABOVE or usable_cores() < 2 or self._supply.is_busy():
+        if into.nbytes < SHARED_ABOVE or usable_cores() < 2 or self._supply.is_busy():
             into[:] = data
         else:
-            copy_in_halves(into, data)
+            copy_by_two(into, data)
 
 
 def encode(supply: WorkerSupply, memory: ParentMemory, value: Any) -> ProcessPayload | InlinePayload:
