@@ -11,6 +11,16 @@ from stageflow.context.gathering import InPieces
 from stageflow.context.owning import Copyable
 
 
+class Elsewhere:
+    """A list that a worker finds by itself: it crosses as where it lies, and `load` gets it."""
+
+    __slots__ = ()
+
+    def load(self) -> list[Any]:
+        """The list."""
+        raise NotImplementedError
+
+
 class Values:
     """One list of items as a lane left it: plain, or encoded by an executor (`load` decodes)."""
 
@@ -35,13 +45,20 @@ class Values:
 
     def form(self, crosses: bool) -> Any:
         """What a call gets: the encoded form where it crosses a process boundary and there is one, else the items."""
-        return self._payload if crosses and self._payload is not None and not self.on_disk else self.load()
+        if not crosses or self._payload is None:
+            return self.load()
+        if self.on_disk:
+            elsewhere = self._payload.elsewhere()
+            return self.load() if elsewhere is None else elsewhere
+        return self._payload
 
     def load(self) -> list[Any]:
         """The items; decoded once while anybody holds this list (each time where it is kept)."""
         values = self._values
         if values is None:
             values = self._payload.load()
+            if isinstance(values, Elsewhere):
+                values = values.load()
             if not self.kept:
                 self._values = values
         return values
@@ -161,9 +178,10 @@ class ItemSequence(Sequence[Any], Copyable):
         return f"<ItemSequence of {len(self)} items>"
 
 
-def _from_pieces(table: array[int], pieces: Sequence[list[Any]]) -> ItemSequence:
+def _from_pieces(table: array[int], pieces: Sequence[Any]) -> ItemSequence:
     made = ItemSequence()
-    lists = [Values(piece) for piece in pieces]
+    # what the lane has not decoded yet is decoded when it is looked at
+    lists = [Values(piece) if isinstance(piece, list) else Values(None, piece) for piece in pieces]
     for row in range(0, len(table), 4):
         lo, count, at, place = table[row : row + 4]
         made.add(lo, count, at, lists[place])

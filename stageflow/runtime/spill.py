@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from stageflow.runtime.sequence import Values
+from stageflow.runtime.sequence import Elsewhere, Values
 
 SAMPLE: Final = 64 << 10  # bytes on which compression is tried
 TRY_EVERY: Final = 16  # lists between two tries
@@ -97,15 +97,27 @@ class SpillFile:
 
     def read(self, at: int, nbytes: int) -> bytes:
         """What was written there."""
-        parts = []
-        while nbytes > 0:
-            part = os.pread(self._fd, nbytes, at)
-            if not part:
-                raise OSError(f"the spill file ends at {at}: it was cut short")
-            parts.append(part)
-            at += len(part)
-            nbytes -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return _read(self._fd, at, nbytes)
+
+    def elsewhere(self) -> tuple[str, tuple[int, int]] | None:
+        """By what path another process of this user opens it while it is open here, and which file that then is."""
+        path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        if not os.path.exists("/proc/self/fd"):
+            return None
+        seen = os.fstat(self._fd)
+        return path, (seen.st_dev, seen.st_ino)
+
+
+def _read(fd: int, at: int, nbytes: int) -> bytes:
+    parts = []
+    while nbytes > 0:
+        part = os.pread(fd, nbytes, at)
+        if not part:
+            raise OSError(f"the spill file ends at {at}: it was cut short")
+        parts.append(part)
+        at += len(part)
+        nbytes -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Stored:
@@ -128,6 +140,39 @@ class Stored:
         """Read them back."""
         data = self._file.read(self._at, self._length)
         return pickle.loads(zlib.decompress(data) if self._packed else data)  # written by this process
+
+    def elsewhere(self) -> OnDisk | None:
+        """The list as a worker of this machine reads it by itself; None where it cannot."""
+        file = self._file.elsewhere()
+        return None if file is None else OnDisk(*file, self._at, self._length, self._packed)
+
+
+class OnDisk(Elsewhere):
+    """A list in the spill file of another process, which keeps the file while its run goes on."""
+
+    __slots__ = ("_at", "_length", "_node", "_packed", "_path")
+
+    def __init__(self, path: str, node: tuple[int, int], at: int, length: int, packed: bool) -> None:
+        self._path = path
+        self._node = node
+        self._at = at
+        self._length = length
+        self._packed = packed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OnDisk, (self._path, self._node, self._at, self._length, self._packed)
+
+    def load(self) -> Any:
+        """Read the list. Raises OSError when the run is over and its file gone."""
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            seen = os.fstat(fd)
+            if (seen.st_dev, seen.st_ino) != self._node or seen.st_uid != os.getuid():
+                raise OSError("the spill file is gone: the run that wrote it is over")
+            data = _read(fd, self._at, self._length)
+        finally:
+            os.close(fd)
+        return pickle.loads(zlib.decompress(data) if self._packed else data)  # written by the engine of this run
 
 
 def spill(file: SpillFile, values: Values) -> None:

@@ -189,8 +189,11 @@ class Starting(DriverCounters):
             shipped = code.call(lane, job.trace)
             policies = spec.policies
             args = (header, snapshot, *values)
+            lazy = 0
             if code.gathers and lane == "process":
+                width = len(args)
                 shipped, args = _in_pieces(code, shipped, args)
+                lazy = width if len(args) > width else 0
             call = Call(
                 action.task,
                 shipped,
@@ -198,6 +201,7 @@ class Starting(DriverCounters):
                 action.short,
                 action.alone,
                 code.writable,
+                lazy,
             )
         except Exception as error:
             self._refuse(running, error)

@@ -60,6 +60,8 @@ class Sending(LaneState):
                 bytes_in += nbytes
                 encoded.append(data)
         task.bytes_in = bytes_in
+        if call.lazy:
+            encoded[call.lazy :] = [[codec.LAZY, one] for one in encoded[call.lazy :]]
         message = [ch.TASK, call.id, call.shipped.key, call.writable, encoded]
         data = ch.encode_message(message)
         if len(data) > ch.MAX_MESSAGE:

@@ -38,7 +38,7 @@ from stageflow_executors.processes.port import Plain, ProcessPort
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm import codec, fidelity
 from stageflow_executors.shm.arena import Arena, Segment
-from stageflow_executors.shm.lease import Mapping, ValueReader, address_of, export
+from stageflow_executors.shm.lease import Mapping, Undecoded, ValueReader, address_of, export
 
 _FLUSH_AFTER_NS: Final = 1_000_000
 _QUICK_NS: Final = 50_000  #: a function that took less is not worth the system calls that the clock of CPU time costs
@@ -420,6 +420,9 @@ class Worker:
                 own, writable = writable & 1, writable >> 1
                 if type(value) is not list:
                     args.append(value)
+                    continue
+                if value[0] == codec.LAZY:
+                    args.append(Undecoded(value[1], self.mappings, self.released.append, bool(own)))
                     continue
                 reader = ValueReader(self.mappings, self.released.append)
                 readers.append((reader, codec.blocks_of(value)))

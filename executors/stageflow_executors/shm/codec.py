@@ -29,7 +29,7 @@ from stageflow_executors.shm.arena import Block
 if typing.TYPE_CHECKING:
     from stageflow_executors.shm import arrow
 
-PICKLE, PICKLE_OOB, BYTES, STR, ARRAY, VIEW, BYTEARRAY, STRUCT, STRUCTS, ARROW = range(10)
+PICKLE, PICKLE_OOB, BYTES, STR, ARRAY, VIEW, BYTEARRAY, STRUCT, STRUCTS, ARROW, LAZY = range(11)
 OOB_ABOVE: Final = 1024  #: smaller buffers stay in the pickle
 _ALIGN: Final = 64
 _I64: Final = 1 << 63
@@ -478,6 +478,8 @@ def blocks_of(encoded: Encoded) -> tuple[Key, ...]:
     """The blocks that `encoded` refers to, each once."""
     if type(encoded) is not list:
         return _NO_BLOCKS
+    if encoded[0] == LAZY:
+        return blocks_of(encoded[1])
     found: list[Key] = []
     parts = [encoded[1], *encoded[2]] if encoded[0] == PICKLE_OOB else [encoded[1]]
     for part in parts:
@@ -487,5 +489,5 @@ def blocks_of(encoded: Encoded) -> tuple[Key, ...]:
 
 
 def any_shared(values: Iterable[Encoded]) -> bool:
-    """May any of them refer to shared memory? The others decode without a reader."""
-    return any(type(one) is list and (type(one[1]) is list or one[0] == PICKLE_OOB) for one in values)
+    """May any of them refer to shared memory, or be decoded later? The others decode at once without a reader."""
+    return any(type(one) is list and (type(one[1]) is list or one[0] in (PICKLE_OOB, LAZY)) for one in values)

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from stageflow_executors.shm import codec
 from stageflow_executors.shm.codec import Key, Ref
 
 
@@ -186,6 +187,50 @@ class ValueReader:
             if views is None or key not in views:
                 self._ended(key)
         self._views = None
+
+
+class _Lease:
+    """What a value in encoded form refers to: let go of when nobody has this any more."""
+
+    __slots__ = ("_ended", "_keys")
+
+    def __init__(self, keys: Iterable[Key], ended: Callable[[Key], None]) -> None:
+        self._keys = tuple(keys)
+        self._ended = ended
+
+    def still(self, key: Key) -> None:
+        """One view less; who is told so has kept this until now."""
+
+    def __del__(self) -> None:
+        for key in self._keys:
+            self._ended(key)
+
+
+class Undecoded:
+    """A value in encoded form. `load` makes it anew each time; its leases end with the last of what was made from it,
+    and with this."""
+
+    __slots__ = ("_encoded", "_lease", "_mappings", "_writable")
+
+    def __init__(
+        self,
+        encoded: codec.Encoded,
+        mappings: dict[int, Mapping],
+        ended: Callable[[Key], None],
+        writable: bool = False,
+    ) -> None:
+        self._encoded = encoded
+        self._mappings = mappings
+        self._writable = writable
+        self._lease = _Lease(codec.blocks_of(encoded), ended)
+
+    def load(self) -> Any:
+        """The value."""
+        reader = ValueReader(self._mappings, self._lease.still)
+        try:
+            return codec.decode(self._encoded, reader, self._writable)
+        finally:
+            reader.finish(())
 
 
 def _nothing(*_: Any) -> None:
