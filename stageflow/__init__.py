@@ -219,6 +219,7 @@ if not TYPE_CHECKING:  # hidden from type checkers, or they would accept any nam
         if home is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with uncollected():
+            import_module(f"{__name__}.core.lean")
             value = getattr(import_module(f"{__name__}.{home}"), name)
         globals()[name] = value
         return value

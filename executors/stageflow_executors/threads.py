@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -104,11 +105,17 @@ class ThreadExecutor(LocalLane):
             self._threads.add(thread)
         thread.work = work
         thread.thread = threading.Thread(
-            target=self._serve, args=(thread,), name=f"stageflow-thread-{len(self._threads)}", daemon=True
+            target=_serve, args=(weakref.ref(self), thread), name=f"stageflow-thread-{len(self._threads)}", daemon=True
         )
         thread.thread.start()
 
-    def _serve(self, me: _Thread) -> None:
+    def __del__(self) -> None:
+        """Dropped without `aclose`: what waits for work ends."""
+        for thread in self._idle:
+            thread.wake.release()
+
+    def _work(self, me: _Thread) -> float | None:
+        """Run what `me` was given, and what is queued. Seconds to wait for more, or None when the thread is to end."""
         while True:
             work, me.work = me.work, None
             if work is not None:
@@ -118,21 +125,24 @@ class ThreadExecutor(LocalLane):
                 me.port = None
             with self._lock:
                 if me not in self._threads:
-                    return  # abandoned: another thread took the place
+                    return None  # abandoned: another thread took the place
                 if self._queue:
                     me.work = self._queue.popleft()
                     continue
                 if self.closed:
                     self._threads.discard(me)
-                    return
+                    return None
                 self._idle.append(me)
-            if not me.wake.acquire(timeout=self._idle_timeout):
-                with self._lock:
-                    if me in self._idle:
-                        self._idle.remove(me)
-                        self._threads.discard(me)
-                        return
-                me.wake.acquire()  # work arrived in between
+                return self._idle_timeout
+
+    def _leaves(self, me: _Thread) -> bool:
+        """`me` has been idle for long; False when work has arrived in between."""
+        with self._lock:
+            if me not in self._idle:
+                return False
+            self._idle.remove(me)
+            self._threads.discard(me)
+            return True
 
     def _run(self, port: LocalPort) -> None:
         """One call, in its thread."""
@@ -247,7 +257,9 @@ class ThreadExecutor(LocalLane):
         thread.work = work
         with self._lock:
             self._threads.add(thread)
-        thread.thread = threading.Thread(target=self._serve, args=(thread,), name="stageflow-thread", daemon=True)
+        thread.thread = threading.Thread(
+            target=_serve, args=(weakref.ref(self), thread), name="stageflow-thread", daemon=True
+        )
         thread.thread.start()
 
     def waits(self, call_id: int, waiting: bool) -> None:
@@ -304,3 +316,18 @@ class ThreadExecutor(LocalLane):
             if thread.thread is not None:
                 thread.thread.join(timeout=1.0)
         self._loop = None
+
+
+def _serve(lane: weakref.ref[ThreadExecutor], me: _Thread) -> None:
+    """A thread of a lane, which it does not hold while it is idle: who drops the lane is rid of it."""
+    while (one := lane()) is not None:
+        seconds = one._work(me)
+        one = None
+        if seconds is None:
+            return
+        if not me.wake.acquire(timeout=seconds):
+            one = lane()
+            if one is None or one._leaves(me):
+                return
+            one = None
+            me.wake.acquire()

@@ -18,7 +18,7 @@ import msgspec
 from stageflow.context.inputs import EMPTY_INPUTS, StageInputs
 from stageflow.context.stage_context import StageContext
 from stageflow.core.executor import Reply
-from stageflow.core.kinds import StageStatus
+from stageflow.core.kinds import SURE, StageStatus
 from stageflow.core.output import StageOutput
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ _instances_lock = threading.Lock()
 
 #: what is neither awaitable nor an output
 _PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict})
+_NOTHING: Final[frozenset[type]] = frozenset()
+#: The key of `Header.extras` that makes a `Traced` call record: the context the run was started in, or "".
+TRACE: Final = "trace"
 #: value in `values` of a dependency that has none
 ABSENT: Final = msgspec.UNSET
 
@@ -262,7 +265,7 @@ class Program:
         self._awaits = False  # what it calls has returned a coroutine without being a coroutine function
         self._bound: Callable[..., Any] | None = None
         self._checker: Any = None
-        self._sure: frozenset[type] = frozenset()
+        self._sure = _surely(contract, returns)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -276,9 +279,9 @@ class Program:
         self._awaits = False
         self._bound = None
         self._checker = None
-        self._sure = frozenset()
         for name, value in state.items():
             setattr(self, name, value)
+        self._sure = _surely(self.contract, self.returns)
 
     # ------------------------------------------------------------ the call
 
@@ -422,7 +425,7 @@ class Program:
         """Whether values of these classes need no look: nothing is checked, or the class says it all."""
         if self.returns is None and self.contract is None:
             return True
-        if self._checker is None:
+        if self._checker is None and not kinds <= self._sure:
             self._compile()
         return kinds <= self._sure
 
@@ -433,6 +436,12 @@ class Program:
         checker = self._checker = compile_contract(self.returns if exact else self.contract, exact=exact)
         self._sure = checker.sure
         return checker
+
+
+def _surely(contract: Any, returns: Any) -> frozenset[type]:
+    """The classes of which every instance fits, as far as that is known without the checker, which takes longer to
+    import than a short stage takes."""
+    return SURE.get(returns, _NOTHING) if contract is None and type(returns) is type else _NOTHING
 
 
 class _Checked:

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from stageflow.context.attempt import TRACE
 from stageflow.events.names import SPANS_RECORDED
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 #: The key of `Header.extras` that holds the W3C trace context of an attempt.
 TRACEPARENT: Final = "traceparent"
-#: The key of `Header.extras` that makes a `Traced` call record: the context the run was started in, or "".
-TRACE: Final = "trace"
 #: Spans one attempt may send; the others are counted.
 MAX_SPANS: Final = 1000
 

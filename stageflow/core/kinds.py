@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final, final
+
+#: annotations of values -> the classes of which every instance fits; what everything else needs a checker for
+SURE: Final[Mapping[type, frozenset[type]]] = {
+    int: frozenset({int}),
+    float: frozenset({float, int}),
+    str: frozenset({str}),
+    bool: frozenset({bool}),
+    bytes: frozenset({bytes}),
+}
 
 
 class StageKind(StrEnum):

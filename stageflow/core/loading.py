@@ -1,4 +1,4 @@
-"""Importing many modules at once, quickly.
+"""Importing many modules at once, quickly; and leaving an interpreter that has done so.
 
 May import the standard library only, and nothing that is not loaded anyway.
 """
@@ -25,3 +25,14 @@ def uncollected() -> Iterator[None]:
             gc.freeze()  # moves lists of objects as a whole, without a look at any
             gc.unfreeze()
         gc.enable()
+
+
+def leave() -> None:
+    """For the end of an interpreter: what has become garbage lately is collected now, and all the rest once, not twice.
+
+    Python collects before it takes modules down and again when it has, each time through all that imports have made: a
+    third of the time that its end takes. Old garbage in cycles is finalized by the second, as what is in use is.
+    """
+    if gc.isenabled() and not gc.get_debug():
+        gc.collect(1)
+        gc.disable()

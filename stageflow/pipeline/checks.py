@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stageflow.contracts.checker import checker_for
-from stageflow.core.kinds import Drop
+from stageflow.core.kinds import SURE, Drop
 from stageflow.pipeline.signatures import UNKNOWN, annotations_of
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.pipeline.types import element_of, value_of
@@ -23,6 +22,10 @@ def checked_annotation(spec: StageSpec) -> Any:
     given = value_of(annotations_of(runner).get("return", UNKNOWN), is_generator=spec.is_generator)
     if spec.role is Role.MAP and spec.policies.batch is not None and not spec.is_generator:
         given = value_of(element_of(given))
-    if given is UNKNOWN or given is Drop or checker_for(given) is None:
+    if given is UNKNOWN or given is Drop:
         return None
-    return given
+    if type(given) is type and given in SURE:
+        return given
+    from stageflow.contracts.checker import checker_for
+
+    return None if checker_for(given) is None else given

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, Literal
+
+import msgspec
 
 from stageflow.core.errors import DefinitionError
 from stageflow.pipeline.names import did_you_mean, nearest
@@ -20,8 +21,7 @@ from stageflow.pipeline.spec import StageSpec
 _RUNTIME = "stageflow.runtime.api"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)
-class StageGraph:
+class StageGraph(msgspec.Struct, frozen=True, eq=False, weakref=True):
     """A validated DAG. Any number of runs may use it at once: they share nothing in it.
 
     - `deps[i]` / `dependents[i]`: stages directly before / after stage i, in the order named, each once;
@@ -52,16 +52,12 @@ class StageGraph:
     joins: dict[int, tuple[int, ...]]
     barriers: dict[int, tuple[int, ...]]
     streams: bytes
-    routes: dict[int, tuple[int, str]] = field(default_factory=dict)
-    guard_paths: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)
+    routes: dict[int, tuple[int, str]] = msgspec.field(default_factory=dict)
+    guard_paths: dict[int, tuple[int, ...]] = msgspec.field(default_factory=dict)
+    memo: dict[Any, Any] = msgspec.field(default_factory=dict)
 
-    def __getstate__(self) -> list[Any]:
-        return [{} if f.name == "memo" else getattr(self, f.name) for f in fields(self)]
-
-    def __setstate__(self, state: list[Any]) -> None:
-        for f, value in zip(fields(self), state, strict=True):
-            object.__setattr__(self, f.name, value)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StageGraph, tuple({} if name == "memo" else getattr(self, name) for name in self.__struct_fields__)
 
     def __repr__(self) -> str:
         return f"<StageGraph {self.name!r}: {len(self.specs)} stages>"

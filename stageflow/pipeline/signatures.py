@@ -1,8 +1,11 @@
-"""What a runner looks like from outside: its form, its parameters and its annotations. Never calls it."""
+"""What a runner looks like from outside: its form, its parameters and its annotations. Never calls it.
+
+Plain functions are read without `inspect`, which takes almost as long to import as this room does, and the fork server
+of a first run waits for that.
+"""
 
 from __future__ import annotations
 
-import inspect
 import sys
 import types
 import typing
@@ -14,8 +17,14 @@ from stageflow.core.stage import MARK
 from stageflow.pipeline.graph import StageGraph
 from stageflow.pipeline.spec import Form
 
-#: stands for "not annotated", or annotated with a name that cannot be resolved here
-UNKNOWN: Final = inspect.Parameter.empty
+
+class UNKNOWN:
+    """Stands for "not annotated", or annotated with a name that cannot be resolved here."""
+
+
+#: what a function may carry that says other than it is
+_SAYS_OTHERWISE: Final = ("__wrapped__", "__signature__", "_is_coroutine_mark", "_is_coroutine")
+_COROUTINE, _GENERATOR, _ASYNC_GENERATOR = 0x80, 0x20, 0x200  #: of `co_flags`
 
 
 class Parameter(msgspec.Struct, frozen=True):
@@ -80,7 +89,7 @@ def _is_function(runner: Any) -> bool:
 
 def _object_traits(runner: Any, execute: Any, form: Form, problem: tuple[str, str] | None) -> Traits:
     if problem is None:
-        problem = _execute_problem(execute, bound=form == "object" or inspect.ismethod(execute))
+        problem = _execute_problem(execute, bound=form == "object" or isinstance(execute, types.MethodType))
     return Traits(
         runner,
         form,
@@ -93,6 +102,8 @@ def _object_traits(runner: Any, execute: Any, form: Form, problem: tuple[str, st
 
 
 def _construction_problem(cls: type) -> tuple[str, str] | None:
+    import inspect
+
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         return f"the class {cls.__qualname__} is abstract ({missing})", "Give a class that can be constructed."
@@ -100,7 +111,8 @@ def _construction_problem(cls: type) -> tuple[str, str] | None:
         signature = inspect.signature(cls)
     except (ValueError, TypeError):
         return None
-    needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in _VARIADIC]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in variadic]
     if needed:
         return (
             f"the class {cls.__qualname__} cannot be constructed without arguments ({', '.join(needed)})",
@@ -110,6 +122,8 @@ def _construction_problem(cls: type) -> tuple[str, str] | None:
 
 
 def _execute_problem(execute: Any, *, bound: bool) -> tuple[str, str] | None:
+    import inspect
+
     try:
         signature = inspect.signature(execute)
         signature.bind(*([object()] if bound else [object(), object()]))
@@ -120,13 +134,18 @@ def _execute_problem(execute: Any, *, bound: bool) -> tuple[str, str] | None:
     return None
 
 
-_VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_BY_POSITION: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def _is_plain(function: Any) -> bool:
+    """A function of Python that is what its code says."""
+    return type(function) is types.FunctionType and not any(name in function.__dict__ for name in _SAYS_OTHERWISE)
 
 
 def _parameters(runner: Any) -> tuple[Parameter, ...] | None:
+    if _is_plain(runner):
+        return _plain_parameters(runner)
     if isinstance(runner, type) and runner.__module__ == "builtins":
         return None  # `int` has no signature in one Python and one with a made-up name in the next
+    import inspect
+
     try:
         signature = inspect.signature(runner)
     except (ValueError, TypeError):
@@ -135,7 +154,7 @@ def _parameters(runner: Any) -> tuple[Parameter, ...] | None:
     return tuple(
         Parameter(
             p.name,
-            p.kind in _BY_POSITION,
+            p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD),
             p.kind is p.POSITIONAL_ONLY,
             p.default is not p.empty,
             None if p.default is p.empty else p.default,
@@ -143,7 +162,29 @@ def _parameters(runner: Any) -> tuple[Parameter, ...] | None:
             hints.get(p.name, UNKNOWN),
         )
         for p in signature.parameters.values()
-        if p.kind not in _VARIADIC
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    )
+
+
+def _plain_parameters(function: types.FunctionType) -> tuple[Parameter, ...]:
+    code = function.__code__
+    by_position, all_of_them = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
+    given = function.__defaults__ or ()
+    names = code.co_varnames[:all_of_them]
+    defaults = dict(zip(names[by_position - len(given) : by_position], given, strict=True))
+    defaults.update(function.__kwdefaults__ or {})
+    hints, raw = annotations_of(function), function.__annotations__
+    return tuple(
+        Parameter(
+            name,
+            at < by_position,
+            at < code.co_posonlyargcount,
+            name in defaults,
+            defaults.get(name),
+            admits_none(hints.get(name, raw.get(name))) if name in raw else False,
+            hints.get(name, UNKNOWN),
+        )
+        for at, name in enumerate(names)
     )
 
 
@@ -151,16 +192,32 @@ def _called(runner: Any) -> Any:
     """What runs when `runner` is called: the function below partials, or the `__call__` of an instance."""
     while hasattr(runner, "func") and hasattr(runner, "keywords"):
         runner = runner.func
-    if not isinstance(runner, type) and not inspect.isroutine(runner):
+    if not isinstance(runner, type) and not _is_routine(runner):
         return getattr(type(runner), "__call__", runner)  # noqa: B004 - we want the function, not whether it has one
     return runner
 
 
+def _is_routine(runner: Any) -> bool:
+    if type(runner) is types.FunctionType:
+        return True
+    import inspect
+
+    return inspect.isroutine(runner)
+
+
 def _is_async(function: Any) -> bool:
+    if _is_plain(function):
+        return bool(function.__code__.co_flags & (_COROUTINE | _ASYNC_GENERATOR))
+    import inspect
+
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _is_generator(function: Any) -> bool:
+    if _is_plain(function):
+        return bool(function.__code__.co_flags & (_GENERATOR | _ASYNC_GENERATOR))
+    import inspect
+
     return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
@@ -173,7 +230,7 @@ def annotations_of(runner: Any) -> dict[str, Any]:
     if isinstance(function, type):
         returns = function  # calling a class gives an instance
         function = function.__init__  # type: ignore[misc]
-    elif not inspect.isroutine(function):
+    elif not _is_routine(function):
         function = getattr(type(function), "__call__", None)  # noqa: B004
     try:
         hints = dict(typing.get_type_hints(function))
@@ -186,7 +243,10 @@ def annotations_of(runner: Any) -> dict[str, Any]:
 
 def _one_by_one(function: Any) -> dict[str, Any]:
     """Resolve each annotation by itself: one name that cannot be resolved must not hide the others."""
-    function = inspect.unwrap(function) if callable(function) else function
+    if callable(function) and hasattr(function, "__wrapped__"):
+        import inspect
+
+        function = inspect.unwrap(function)
     function = getattr(function, "__func__", function)
     raw = getattr(function, "__annotations__", None)
     if not isinstance(raw, dict):

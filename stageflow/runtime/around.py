@@ -21,7 +21,6 @@ from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
-from stageflow.pipeline.policies import Policies
 from stageflow.pipeline.spec import StageSpec
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.interceptors import InterceptorServices, InterceptorStates, LazyOutput, run_intercepted
@@ -29,8 +28,8 @@ from stageflow.scheduler import actions as act
 
 # The store is imported by the first stage with an idempotency policy: psutil, which says who owns a claim, takes 7 ms.
 if TYPE_CHECKING:
+    from stageflow.runtime.config import EngineConfig
     from stageflow.runtime.driver import Driver
-    from stageflow.runtime.engine import Engine
     from stageflow.runtime.running import Running
     from stageflow.store.idempotency import Held, IdempotencyGuard
 
@@ -107,8 +106,8 @@ class _Gate:
 class Around:
     """Idempotency and interceptors of one engine. Each attempt is a task on the loop of its run."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
         self._states = InterceptorStates()
         self._runs: dict[str, InterceptorStates] = {}
         self._chains: dict[int, tuple[Any, InterceptorChain]] = {}
@@ -116,12 +115,6 @@ class Around:
         self._store: Any = None
         self._guard: IdempotencyGuard | None = None
         self._owns_store = False
-
-    def wanted(self, policies: Policies) -> bool:
-        """Whether an attempt with these policies needs anything around it."""
-        if policies.idempotency is not None:
-            return True
-        return any(not asks_for_worker(one) for one in policies.interceptors)
 
     def around(self, driver: Driver, running: Running, call: Call, spec: StageSpec) -> None:
         """Run the attempt with everything around it; its outcome goes to the driver as any other."""
@@ -303,7 +296,7 @@ class Around:
         if self._guard is None:
             from stageflow.store.idempotency import IdempotencyGuard, InMemoryIdempotencyStore
 
-            store = self._engine.config.store
+            store = self._config.store
             if store is None:
                 store = InMemoryIdempotencyStore()
             elif isinstance(store, str) or hasattr(store, "__fspath__"):

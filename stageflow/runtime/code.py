@@ -6,16 +6,9 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.context.attempt import CallPlan, Program, Slot
-from stageflow.context.folds import ReduceProgram
-from stageflow.context.gathering import Gathered
-from stageflow.context.inside import Inside
-from stageflow.context.items import ItemProgram
-from stageflow.context.owning import Owning
-from stageflow.context.region import RegionProgram
-from stageflow.context.tracing import Traced
 from stageflow.core.executor import Shipped
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.checks import checked_annotation
@@ -28,6 +21,10 @@ from stageflow.pipeline.spaces import flows_early
 from stageflow.pipeline.spec import Role, StageSpec
 from stageflow.runtime.paths import nested_stages
 from stageflow.scheduler.layout import Layout
+
+# The programs of maps, folds and regions are imported by the first stage that is one.
+if TYPE_CHECKING:
+    from stageflow.context.owning import Owning
 
 #: role -> the word for it in `run.started`
 _SHAPES: Final = {Role.TASK: "stage", Role.SOURCE: "source", Role.MAP: "map", Role.REDUCE: "reduce", Role.SINK: "sink"}
@@ -81,6 +78,8 @@ class StageCode:
         """`shipped`, to be called with values in pieces behind its `width` arguments."""
         found = self._gathered.get(shipped.key)
         if found is None:
+            from stageflow.context.gathering import Gathered
+
             found = Shipped(Gathered(shipped.function, width), label=shipped.label, modules=shipped.modules)
             self._gathered[shipped.key] = found
         return found
@@ -100,6 +99,8 @@ class StageCode:
     def fused(self, rest: Sequence[StageCode], modules: tuple[str, ...], timed: bool) -> StageCode:
         """This stage and those that run back to back with it, as one that is called like this one. `timed`: the last
         has a timeout."""
+        from stageflow.context.region import RegionProgram
+
         made: StageCode = object.__new__(StageCode)
         members: list[Any] = [one.program for one in (self, *rest)]
         program = RegionProgram(members, timed=timed)
@@ -122,6 +123,8 @@ class StageCode:
         if trace is None:
             return self.shipped_async if on_loop else self.shipped
         if self._traced is None:
+            from stageflow.context.tracing import Traced
+
             traced = Traced(self.program, streaming=type(self.program) is not Program)
             name = self.program.name
             self._traced = Shipped(traced, label=name, modules=self._modules), Shipped(traced.run_async, label=name)
@@ -340,7 +343,11 @@ class GraphCode:
             positional = [("ctx", 0)]
             keywords = []
         asked = [one for one in spec.policies.interceptors if asks_for_worker(one)]
-        inside = Inside(InterceptorChain(asked).interceptors) if asked else None
+        inside = None
+        if asked:
+            from stageflow.context.inside import Inside
+
+            inside = Inside(InterceptorChain(asked).interceptors)
         wants_ctx = spec.wants_ctx or spec.form != "function" or inside is not None
         if wants_ctx:
             for dep in graph.deps[i]:
@@ -365,6 +372,8 @@ class GraphCode:
         }
         program: Program
         if spec.role in (Role.MAP, Role.SINK):
+            from stageflow.context.items import ItemProgram
+
             program = ItemProgram(
                 batch=spec.policies.batch is not None,
                 flat=spec.is_generator,
@@ -374,6 +383,8 @@ class GraphCode:
                 **common,
             )
         elif spec.role == Role.REDUCE and spec.reduce is not None:
+            from stageflow.context.folds import ReduceProgram
+
             reduce = spec.reduce
             program = ReduceProgram(
                 combine=reduce.combine,
@@ -391,10 +402,13 @@ class GraphCode:
     def _own(self, spec: StageSpec, slots: Sequence[Slot], placed: Mapping[str, tuple[str, Any]]) -> Owning | None:
         """The inputs that the stage may change; `placed` says where each of its parameters gets its value."""
         policies = spec.policies
-        if policies.isolate or self._isolate or policies.writable is True:
-            return Owning(tuple(range(len(slots))), True, policies.isolate or self._isolate)
-        if not policies.writable:
+        isolate = policies.isolate or self._isolate
+        if not isolate and not policies.writable:
             return None
+        from stageflow.context.owning import Owning
+
+        if isolate or isinstance(policies.writable, bool):
+            return Owning(tuple(range(len(slots))), True, isolate)
         names = policies.writable
         own = {k for k, slot in enumerate(slots) if slot.name in names}
         over = self.graph.specs[spec.over].name if spec.over >= 0 else spec.over_input

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
-from stageflow.context.attempt import Header
+from stageflow.context.attempt import TRACE, Header
 from stageflow.context.cancellation import CancellationToken
-from stageflow.context.tracing import TRACE, current_traceparent
 from stageflow.core.errors import InvariantError, StageflowError
 from stageflow.core.executor import Executor, Paces, Payload
 from stageflow.core.worker import item_stop
@@ -42,6 +42,10 @@ MOST_ROUNDS: Final = 64  # turns of signals and actions before the loop gets its
 FROZEN: Final = 1.0  # a timer this late means the process was stopped or the loop blocked: deadlines move by the gap
 
 
+def _nothing() -> None:
+    """No engine."""
+
+
 class Driver(Starting, Outcomes, Moving, Feeding, Telling):
     """Performs what the machine decides."""
 
@@ -66,7 +70,7 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
         self.first_starts: dict[tuple[int, Any], float] = {}
         self.recorder: list[tuple[float, list[Any]]] | None = None  # a turn's time and signals, for `audit.replay`
         self.policies = policies  # interceptors and idempotency: `stageflow.runtime.around`
-        self.engine = engine
+        self._engine = weakref.ref(engine) if engine is not None else _nothing
         self.memory_limit: int = engine.memory_bytes() if engine is not None else machine.memory  # as it was given
         self.failing = FailingBlocks()
         self.sampler = Sampler(self)
@@ -110,6 +114,11 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
             act.Spill: self._spill,
             act.FinishRun: self._finish_run,
         }
+
+    @property
+    def engine(self) -> Any:
+        """Whose driver it is. Not held: a loop that somebody keeps would keep the engine, and its workers."""
+        return self._engine()
 
     def _listen(self, executor: Any) -> None:
         executor.on_note = self._noted
@@ -221,6 +230,8 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
             job.switching = self.engine.config.switch_interval
             switching.enter(job.switching)
         if self.events.wants_spans or (job.sinks is not None and job.sinks.wants_spans):
+            from stageflow.context.tracing import current_traceparent
+
             job.trace = current_traceparent() or ""
             if job.header is not None:
                 job.header = Header(job.run_id, extras={TRACE: job.trace})

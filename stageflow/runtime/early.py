@@ -21,26 +21,26 @@ from stageflow.runtime.config import EngineConfig
 _LAUNCH: Final = "stageflow_executors.processes.launch"
 #: what a worker imports to run a stage, besides its own
 _STAGES: Final = ("stageflow.context.attempt",)
+#: what it imports besides to make functions of a script
+_BY_VALUE: Final = ("cloudpickle.cloudpickle",)
 #: set in the environment of every worker: an engine there has no process lane
 IN_WORKER: Final = "STAGEFLOW_IN_WORKER"
-_LOOK_AT: Final = 64  #: stages; a graph of a million must not be gone through for a guess
+LOOK_AT: Final = 64  #: stages; a graph of a million must not be gone through for a guess
 
 
 @contextmanager
-def fork_server_for(graph: StageGraph, config: EngineConfig) -> Iterator[None]:
-    """Within it, a fork server comes up if it looks as if a run of `graph` would want one; one that nobody took is
-    ended with it. A guess: wrong, it costs the time of an exec."""
+def fork_server_for(graph: StageGraph, config: EngineConfig) -> Iterator[bool]:
+    """Within it, a fork server comes up if it looks as if a run of `graph` would want one, and it is True; one that
+    nobody took is ended with it. A guess: wrong, it costs the time of an exec."""
     launch: Any = None
-    if (
-        sys.platform == "linux"
-        and config.start_method in (None, "forkserver")
-        and not os.environ.get(IN_WORKER)
-        and any(_goes_to_a_worker(spec, config) for spec in islice(graph.specs, _LOOK_AT))
-    ):
-        launch = import_module(_LAUNCH)
-        launch.begin(config.processes, _STAGES)
+    if sys.platform == "linux" and config.start_method in (None, "forkserver") and not os.environ.get(IN_WORKER):
+        going = [spec for spec in islice(graph.specs, LOOK_AT) if _goes_to_a_worker(spec, config)]
+        if going:
+            launch = import_module(_LAUNCH)
+            by_value = any(getattr(spec.runner, "__module__", None) == "__main__" for spec in going)
+            launch.begin(config.processes, (*_STAGES, *_BY_VALUE) if by_value else _STAGES)
     try:
-        yield
+        yield launch is not None
     finally:
         if launch is not None:
             launch.discard()

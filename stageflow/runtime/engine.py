@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from importlib import import_module
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.context.snapshot import ContextSnapshot
 from stageflow.core.errors import DefinitionError, LaneClosedError
 from stageflow.core.executor import Executor
-from stageflow.core.loading import uncollected
+from stageflow.core.loading import leave, uncollected
 from stageflow.runtime.clock import DriverClock, RealClock
 from stageflow.runtime.config import ASYNC_SLOTS, EngineConfig
-from stageflow.runtime.early import IN_WORKER, fork_server_for
+from stageflow.runtime.early import IN_WORKER, LOOK_AT, fork_server_for
 from stageflow.runtime.loops import LoopState, OwnLoops, no_running_loop
 from stageflow.runtime.options import RunOptions, from_context, only_run_keys, snapshot_of
+from stageflow.runtime.surroundings import Surroundings
 
 # What runs a graph (driver, scheduler, lanes, events) is imported by the methods that need it: a script that only
 # builds a pipeline, or is still parsing its arguments, does not wait for it.
@@ -91,7 +95,7 @@ class Engine:
         self._in_worker = bool(os.environ.get(IN_WORKER))
         self._slots: dict[str, int] | None = None
         self._graphs: weakref.WeakSet[StageGraph] = weakref.WeakSet()
-        self._around: Any = None
+        self._around = Surroundings(self.config)
         self._exporter: Any = None  # of OpenTelemetry, where the program has set up providers
         self._started: set[asyncio.Task[RunResult]] = set()  # runs begun by `start`
 
@@ -160,6 +164,17 @@ class Engine:
                 )
             return self._supply
 
+    def _ahead(self, graph: StageGraph) -> None:
+        """Ask for the first worker, where a stage that waits for no other wants one: it comes up while what runs the
+        graph is imported."""
+        if self._supply is not None or "process" in self._made_by or self._in_worker:
+            return
+        with fork_server_for(graph, self.config) as wanted:
+            if wanted:
+                code = self.code(graph)
+                if any(code.lanes[i] == "process" for i, deps in enumerate(islice(graph.deps, LOOK_AT)) if not deps):
+                    self.supply().start_ahead(code.modules())
+
     # ------------------------------------------------------------ loops
 
     def _state(self) -> LoopState:
@@ -186,19 +201,11 @@ class Engine:
                 ahead={"process": AHEAD},
                 policies=self.config.backpressure,
             )
-            driver = Driver(
-                loop, machine, {}, clock=self.clock, events=self.events, policies=self._policies(), engine=self
-            )
+            driver = Driver(loop, machine, {}, clock=self.clock, events=self.events, policies=self._around, engine=self)
             if type(self.clock) is RealClock:
                 driver.watchers = (Monitor(driver, self.config.ladder), Watchdog(loop, driver.loop_blocked))
             state = self._states[id(loop)] = LoopState(loop, driver)
             return state
-
-    def _policies(self) -> Any:
-        """Interceptors and idempotency, which act around attempts."""
-        if self._around is None:
-            self._around = load("stageflow.runtime.around:Around")(self)
-        return self._around
 
     async def _open_lanes(self, state: LoopState, lanes: Iterable[str]) -> None:
         missing = [lane for lane in lanes if lane not in state.lanes]
@@ -428,6 +435,10 @@ class Engine:
         KeyboardInterrupt with the result as its `result`; a second one stops at once."""
         no_running_loop("run", "result = await graph.execute(inputs=...)")
         chosen = RunOptions.make(only_run_keys(options))
+        if self._supply is None and not self.closed:
+            ready = snapshot_of(graph, inputs, snapshot, chosen)
+            self._ahead(graph)
+            inputs, snapshot = None, ready
         result: RunResult = self._on_own_loop(self._run(graph, inputs, snapshot, chosen))
         return result
 
@@ -575,6 +586,20 @@ class Engine:
 
         await asyncio.get_running_loop().run_in_executor(None, close_others)
 
+    def __del__(self) -> None:
+        """Dropped without `close`: its processes, threads and loops end, and its resources are closed. What an
+        interpreter still holds at its end is closed there."""
+        if getattr(self, "closed", True) or self._pid != os.getpid() or sys.is_finalizing():
+            return
+        self._own.drop()
+        for state in self._states.values():
+            if state.loop.is_closed():
+                for watcher in state.driver.watchers:
+                    watcher.close()
+            else:
+                self._supply = None  # its lanes watch descriptors there: it ends with that loop
+        self._finish_close()
+
     def _finish_close(self) -> None:
         with self._lock:
             if self.closed:
@@ -583,8 +608,7 @@ class Engine:
             supply, self._supply = self._supply, None
         if supply is not None:
             supply.close()
-        if self._around is not None:
-            self._around.close()
+        self._around.close()
         from stageflow.context.resources import close_all
 
         close_all(self._scope)
@@ -599,3 +623,6 @@ def _size(limit: int | str | None) -> int | None:
     from stageflow.pipeline.policies import parse_size
 
     return None if limit is None else parse_size(limit)
+
+
+atexit.register(leave)  # behind what is registered later: first the default engine is closed

@@ -17,8 +17,6 @@ from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import Job
 from stageflow.runtime.running import DriverCounters
 from stageflow.runtime.sequence import Values
-from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource, past
-from stageflow.runtime.strategies import judge
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 
@@ -60,6 +58,8 @@ class Feeding(DriverCounters):
             job.pumps.pop(stage, None)
             self._source_ended(job, action, error)
 
+        from stageflow.runtime.sources import InlineSource, TaskSource, ThreadSource, past
+
         if spec.role != Role.SOURCE:
             return self._open_expander(job, stage, arrived, ended)
         code = job.code.stage(stage)
@@ -100,6 +100,8 @@ class Feeding(DriverCounters):
 
     def _open_expander(self: Driver, job: Job, stage: int, arrived: Any, ended: Any) -> Any:
         """Lay out the elements of a value that a map goes over."""
+        from stageflow.runtime.sources import InlineSource, SequenceSource, TaskSource, ThreadSource
+
         spec = job.graph.specs[stage]
         if spec.over >= 0:
             value = job.book.value(spec.over)
@@ -138,6 +140,8 @@ class Feeding(DriverCounters):
         if retry is not None:
             now = self.clock.monotonic()
             seconds = now - self.first_starts.get((job.id, stage), now)
+            from stageflow.runtime.strategies import judge
+
             verdict = judge(retry, info, error, action.attempt, seconds, 0.0, job.dice_for(retry.seed, stage))
             ended.retry, ended.wait, ended.roll = verdict.retry, verdict.wait, verdict.roll
             if verdict.broken is not None:

@@ -17,7 +17,6 @@ from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
 from stageflow.pipeline.interceptors import InterceptorChain, check_output
-from stageflow.store.keys import digest
 
 _log = logging.getLogger("stageflow.interceptors")
 _UNREAD: Final = object()
@@ -124,6 +123,8 @@ class InterceptorServices:
 
     def digest(self, value: Any) -> str:
         """SHA-256 of the content."""
+        from stageflow.store.keys import digest
+
         return digest(value)
 
     def state(self, owner: Any, factory: Callable[[], Any], scope: Scope) -> Any:

@@ -67,6 +67,15 @@ class OwnLoops:
                 runner.run(leave())
             runner.close()
 
+    def drop(self) -> None:
+        """Close every loop that is kept, whatever is on it: nobody can reach it any more. Any thread."""
+        with self._lock:
+            runners, self._runners = self._runners, {}
+        for runner in runners.values():
+            loop = runner.get_loop()
+            if not loop.is_running():
+                loop.close()
+
 
 def loop_factory() -> Any:
     """uvloop where there is one, else asyncio's own loop."""

@@ -25,13 +25,12 @@ from stageflow.runtime.paths import located, of_block, of_results
 from stageflow.runtime.result import Abandoned
 from stageflow.runtime.running import DriverCounters, Running
 from stageflow.runtime.sequence import Values
-from stageflow.runtime.strategies import Verdict, judge
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.store.keys import digest
 
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
+    from stageflow.runtime.strategies import Verdict
 
 _OK: Final = OutcomeKind.OK
 #: values of which nothing needs to be looked at: they are no payload, output, mapping or route
@@ -314,6 +313,8 @@ class Outcomes(DriverCounters):
             return None
         now = self.clock.monotonic()
         first = self.first_starts.setdefault((job.id, key), running.since)
+        from stageflow.runtime.strategies import judge
+
         return judge(retry, info, exception, running.action.attempt, now - first, 0.0, job.dice_for(retry.seed, key))
 
     def _route(self: Driver, job: Job, stage: int, value: Any) -> tuple[str, ...] | ErrorInfo:
@@ -556,6 +557,8 @@ def _guard_digest(job: Job, stage: int, text: str, data: Any) -> str | None:
         return None
     if policy.hash_fields is not None and isinstance(data, Mapping):
         data = {name: data[name] for name in policy.hash_fields if name in data}
+    from stageflow.store.keys import digest
+
     try:
         return digest((text, data))
     except Exception:  # what cannot be hashed by its content is told by its looks

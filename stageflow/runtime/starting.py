@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from stageflow.context.attempt import ABSENT, Header
+from stageflow.context.attempt import ABSENT, TRACE, Header
 from stageflow.context.owning import read_only
 from stageflow.context.pieces import Piece
-from stageflow.context.tracing import TRACE
 from stageflow.core.errors import StageFailedError
 from stageflow.core.executor import Call, Executor, Outcome, OutcomeKind, Shipped
 from stageflow.core.failure import capture

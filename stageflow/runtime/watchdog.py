@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
@@ -35,6 +36,8 @@ class Watchdog:
         self._loop_thread = threading.get_ident()
         self._scheduled = f"/proc/self/task/{threading.get_native_id()}/schedstat"
         self._answered = 0
+        self._ping = self._reported = 0
+        self._sent = self._starved = 0.0
         self._closed = threading.Event()
 
     def begin(self) -> None:
@@ -42,7 +45,10 @@ class Watchdog:
         self._runs += 1
         if self._runs == 1:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="stageflow-watchdog", daemon=True)
+                me = weakref.ref(self, _Ends(self._wanted, self._closed))
+                self._thread = threading.Thread(
+                    target=_watch, args=(me, self._wanted, self._closed), name="stageflow-watchdog", daemon=True
+                )
                 self._thread.start()
             self._wanted.set()
 
@@ -63,29 +69,25 @@ class Watchdog:
     def _answer(self, ping: int) -> None:
         self._answered = ping
 
-    def _watch(self) -> None:
-        ping = 0
-        sent = starved = 0.0
-        reported = 0
-        while True:
-            self._wanted.wait()
-            if self._closed.is_set():
-                return
-            if self._answered == ping:
-                ping += 1
-                sent, starved = time.monotonic(), self._without_core()
-                try:
-                    self._loop.call_soon_threadsafe(self._answer, ping)
-                except RuntimeError:
-                    return  # the loop is closed
-            if self._closed.wait(EVERY):
-                return
-            late = time.monotonic() - sent
-            if self._answered != ping and late > BLOCKED and reported != ping:
-                late -= self._without_core() - starved
-                if late > BLOCKED:
-                    reported = ping
-                    self._report(late)
+    def _send(self) -> bool:
+        """Ping the loop if it has answered; False when it is closed."""
+        if self._answered == self._ping:
+            self._ping += 1
+            self._sent, self._starved = time.monotonic(), self._without_core()
+            try:
+                self._loop.call_soon_threadsafe(self._answer, self._ping)
+            except RuntimeError:
+                return False
+        return True
+
+    def _look(self) -> None:
+        """Report a ping that has been without an answer for too long, once."""
+        late = time.monotonic() - self._sent
+        if self._answered != self._ping and late > BLOCKED and self._reported != self._ping:
+            late -= self._without_core() - self._starved
+            if late > BLOCKED:
+                self._reported = self._ping
+                self._report(late)
 
     def _without_core(self) -> float:
         """Seconds for which the loop's thread could have run and had no core; 0.0 where that is not counted."""
@@ -109,3 +111,30 @@ class Watchdog:
             self._blocked(late, [one.f_code for one in frames], stack)
         except Exception:
             _log.exception("the watchdog could not report a blocked loop")
+
+
+class _Ends:
+    """Ends the thread of a watchdog that was dropped."""
+
+    def __init__(self, wanted: threading.Event, closed: threading.Event) -> None:
+        self._events = closed, wanted
+
+    def __call__(self, _: object) -> None:
+        for event in self._events:
+            event.set()
+
+
+def _watch(watchdog: weakref.ref[Watchdog], wanted: threading.Event, closed: threading.Event) -> None:
+    """The thread. It holds the watchdog, and so all of a loop, only while it looks: then a loop can be dropped."""
+    while wanted.wait() and not closed.is_set():
+        one = watchdog()
+        if one is None or not one._send():
+            return
+        one = None
+        if closed.wait(EVERY):
+            return
+        one = watchdog()
+        if one is None:
+            return
+        one._look()
+        one = None

@@ -379,11 +379,23 @@ class Server:
         self.end()
 
 
+def close_others(kept: set[int]) -> None:
+    """Close what the engine's process had opened for its children, and not for us: a pipe whose end we held would never
+    end."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the folder itself
+
+
 def main() -> None:
     """Serve until the engine ends."""
     sys.modules.pop("forkserver")  # found by path: the name may be a user's
     gc.disable()  # nothing but imports happens here, and the collector would walk through all of them several times
     control, engine, stderr, *_ = map(int, sys.argv[1:4])
+    close_others({control, engine, stderr})
     words = os.dup(
         2
     )  # not inherited by what is exec'ed, but for a fresh image of this process, which gets it as 2 again

@@ -4,24 +4,25 @@ An interpreter and its imports take longer than anything else before the first r
 beside the engine's own imports. `begin` starts one that nobody owns yet; the first supply that would start one like it
 takes it over; `discard` ends one that nobody took.
 
-May import the standard library only, without asyncio: what this module imports, the first result waits for.
+May import the standard library only, without asyncio, socket and subprocess: what this module imports, the first result
+waits for.
 """
 
 from __future__ import annotations
 
+import _socket
 import marshal
 import os
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from stageflow_executors.processes.machine import THREAD_VARIABLES, usable_cores
+from stageflow_executors.processes.program import Program, interpreter_flags, start
 
 #: what every worker imports, however it is started
-OWN_MODULES: Final = ("stageflow_executors.processes.worker_main",)
+OWN_MODULES: Final = ("stageflow.core.lean", "stageflow_executors.processes.worker_main")
 
 #: imported, not run as a script, which would be compiled anew at each start; found first, wherever we work
 _ENTRY: Final = (
@@ -35,18 +36,12 @@ _spare: Launched | None = None  # begun, and not taken yet
 class Launched(NamedTuple):
     """A fork server that was exec'ed and told what to import."""
 
-    process: subprocess.Popen[bytes]
-    control: socket.socket
+    process: Program
+    control: _socket.socket
     words: int  #: where its last words can be read
     command: list[str]
     environment: dict[str, str]
     engine: int  #: pid of the process that it looks after
-
-
-def interpreter_flags() -> list[str]:
-    """The flags this interpreter was started with."""
-    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return found
 
 
 def environment_for(workers: int) -> dict[str, str]:
@@ -96,7 +91,7 @@ def discard() -> None:
 
 def launch(environment: dict[str, str], modules: Sequence[str] = ()) -> Launched:
     """Exec a fork server and tell it what to import meanwhile. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     me = -1
     try:
         me = os.pidfd_open(os.getpid())
@@ -110,14 +105,7 @@ def launch(environment: dict[str, str], modules: Sequence[str] = ()) -> Launched
     arguments = [os.path.dirname(__file__), *map(str, (theirs.fileno(), me, stderr))]
     command = [sys.executable, *interpreter_flags(), "-c", _ENTRY, *arguments]
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stderr=words_theirs,
-            pass_fds=passed,
-            start_new_session=True,
-            env=environment,
-        )
+        process = start(command, environment, words_theirs, passed)
     except OSError:
         ours.close()
         os.close(words)

@@ -9,9 +9,8 @@ import marshal
 import os
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.core.errors import WorkerStartError
@@ -19,6 +18,7 @@ from stageflow.core.executor import Shipped
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes.handle import WorkerHandle
 from stageflow_executors.processes.launch import OWN_MODULES, environment_for, launch, take
+from stageflow_executors.processes.program import Program
 from stageflow_executors.processes.shipping import Shipping
 
 _CONTROL_ROOM: Final = socket.CMSG_SPACE(4 * 4)
@@ -46,7 +46,7 @@ class ServerLink:
         def _break(self, reason: str) -> None: ...
 
     def __init__(self) -> None:
-        self.server: subprocess.Popen[bytes] | None = None
+        self.server: Program | None = None
         self.control: socket.socket | None = None
         self.problems: list[str] = []  #: what the fork server could not preload
         self._command: list[str] = []
@@ -79,7 +79,8 @@ class ServerLink:
                 launched = launch(environment)
             except OSError as error:
                 raise WorkerStartError(f"the fork server could not be started: {error}", reason=str(error)) from error
-        self.server, self.control, self._words, self._command = launched[:4]
+        self.server, self._words, self._command = launched.process, launched.words, launched.command
+        self.control = socket.socket(fileno=launched.control.detach())
         self._configured = False
 
     def _settings(self) -> dict[str, Any]:
@@ -102,8 +103,11 @@ class ServerLink:
 
     def want_modules(self, shipped: Shipped) -> None:
         """See that workers forked from now on have the modules of `shipped` already."""
-        names = [*shipped.modules, *self.shipping.modules] if self.auto_preload else []
-        fresh = [name for name in names if name not in self._wanted]
+        self.want([*shipped.modules, *self.shipping.modules])
+
+    def want(self, modules: Iterable[str]) -> None:
+        """The same for modules by name."""
+        fresh = [name for name in modules if name not in self._wanted] if self.auto_preload else []
         if fresh:
             with self.lock:
                 self._wanted.update(fresh)
@@ -187,9 +191,8 @@ class ServerLink:
         server, self.server = self.server, None
         code = None
         if server is not None:
-            try:
-                code = server.wait(timeout)
-            except subprocess.TimeoutExpired:
+            code = server.wait(timeout)
+            if code is None:
                 server.kill()
                 code = server.wait()
         said = self._last_words()

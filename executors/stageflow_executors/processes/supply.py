@@ -29,9 +29,10 @@ from stageflow.core.errors import DefinitionError, WorkerStartError
 from stageflow_executors.processes import channel as ch
 from stageflow_executors.processes import status
 from stageflow_executors.processes.handle import Borrower, WorkerHandle, kill_group
-from stageflow_executors.processes.launch import environment_for, interpreter_flags
+from stageflow_executors.processes.launch import environment_for
 from stageflow_executors.processes.link import ServerLink
 from stageflow_executors.processes.machine import oom_kills, usable_cores, usable_memory
+from stageflow_executors.processes.program import interpreter_flags
 from stageflow_executors.processes.shipping import Shipping
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm.arena import Arena, Segment, allocate, create_anonymous
@@ -188,6 +189,18 @@ class WorkerSupply(ServerLink):
         self.workers[number] = worker
         self.set_limit(worker)
         return worker
+
+    def start_ahead(self, modules: Iterable[str]) -> None:
+        """A worker with these modules before anybody borrows it, if there is none yet. Never raises: where none can be
+        started, the first call is told why."""
+        with self.lock:
+            if self.closed or self.workers or self.start_method != "forkserver":
+                return
+            self.want(modules)
+            try:
+                self.idle.append(self.start_worker(None))
+            except (WorkerStartError, OSError):
+                return
 
     def _page(self) -> int:
         """Memory for a status page. Raises OSError where there is no room for it."""
@@ -442,6 +455,11 @@ class WorkerSupply(ServerLink):
             self.arena.close()
         _all_supplies.discard(self)
 
+    def __del__(self) -> None:
+        """Dropped without `close`: its processes end all the same, and are waited for, a moment as a rule."""
+        if not getattr(self, "closed", True) and not sys.is_finalizing():
+            self.close(timeout=1.0)
+
     def _say_goodbye(self, timeout: float) -> None:
         """Let idle workers leave in order: what stages opened there is closed, what they buffered is written."""
         leaving = list(self.idle)
@@ -490,9 +508,7 @@ class WorkerSupply(ServerLink):
         if self._words >= 0:
             os.close(self._words)
             self._words = -1
-        if self.server is not None:
-            self.server.returncode = 0  # not this process's child: keeps Popen from waiting for it
-            self.server = None
+        self.server = None
         self.books.after_fork()
 
 
