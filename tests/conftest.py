@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import pytest
 from hypothesis import HealthCheck, settings
 
-DEFAULT_LIMIT = 60.0
+DEFAULT_LIMIT = 120.0
 HARD_EXIT_AFTER = 30.0
 # A raise may be swallowed by whatever code it lands in, so it is repeated until the phase ends.
 REPEAT = 2.0

@@ -91,7 +91,7 @@ def run_pytest(folder: Path, source: str, repeat: float = 2.0) -> subprocess.Com
     markers = ["[pytest]", "markers =", "    timeout(seconds): limit", "    uvloop: loop"]
     (folder / "pytest.ini").write_text("\n".join(markers) + "\n", "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
 
 
 HANGING = """

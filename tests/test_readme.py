@@ -39,7 +39,7 @@ def test_an_example_prints_what_the_readme_says(number, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == (expected, "", 0)

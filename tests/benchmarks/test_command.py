@@ -41,7 +41,7 @@ def test_an_unknown_name_is_said():
 def test_one_scenario_gives_its_report_as_json(tmp_path):
     output = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks", "one", "idle-worker", "--noise", "99", "--rounds", "1"]
-    subprocess.run([*command, "--output", str(output)], cwd=ROOT, check=True, timeout=50)
+    subprocess.run([*command, "--output", str(output)], cwd=ROOT, check=True, timeout=100)
     told = json.loads(output.read_text())
     assert told["scenario"] == "idle-worker"
     assert told["rows"][0]["ratio"]["median"] > 0

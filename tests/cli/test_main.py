@@ -43,7 +43,7 @@ def test_help_lists_every_command_and_imports_none_of_them():
         "loaded = [m for m in sys.modules if m.startswith(('rich', 'stageflow.demo', 'stageflow.runtime', 'httpx'))]; "
         "print('LOADED', loaded); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
     assert "LOADED []" in done.stdout
 
@@ -77,7 +77,7 @@ def test_the_shell_completes_commands_and_files(tmp_path):
     def complete(words: str, at: int) -> str:
         env = {**environment, "COMP_WORDS": words, "COMP_CWORD": str(at)}
         return subprocess.run(
-            command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
         ).stdout
 
     assert "plain,plan" in complete("stageflow pl", 1)

@@ -99,7 +99,7 @@ def folder(tmp_path):
 def stageflow(folder, *args, text=None):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("STAGEFLOW_", "COLUMNS"))}
     return subprocess.run(
-        [*STAGEFLOW, *args], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=50,
+        [*STAGEFLOW, *args], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=100,
         check=False,
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ def stageflow(folder, *args, **more):
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
 
@@ -193,7 +193,7 @@ def test_a_signal_drains_and_reports_what_was_done(folder, number, code):
     with start(folder, "run", "shop:waiting", "-i", "fifo=fifo") as process:
         until_ready(folder)
         process.send_signal(number)
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=80)
     assert process.returncode == code
     assert "Traceback" not in err
     assert "cancelled" in out
@@ -210,7 +210,7 @@ def test_a_second_signal_stops_at_once(folder):
             until_ready(folder)  # the stage has been told, and will not end by itself
             process.send_signal(signal.SIGINT)
             begun = time.monotonic()
-            _, err = process.communicate(timeout=40)
+            _, err = process.communicate(timeout=80)
             took.append(time.monotonic() - begun)
         assert process.returncode == 130
         assert "Traceback" not in err
@@ -220,6 +220,6 @@ def test_a_second_signal_stops_at_once(folder):
 def test_a_reader_that_goes_away_is_no_error(folder):
     command = f"{sys.executable} -m stageflow.cli.main plan shop:graph | true"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=50, check=False
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stderr == ""

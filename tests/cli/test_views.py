@@ -44,7 +44,7 @@ def stageflow(folder, *args, text=None):
         input=text,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
 

@@ -6,7 +6,7 @@ import pickle
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stageflow.core.kinds import DROP, UNSET, Drop, StageKind, StageStatus
@@ -107,6 +107,7 @@ def test_reading_data_that_is_no_mapping():
     assert mapping.get("a") == 1
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.text(), st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(), max_size=5),
     st.text(),

@@ -87,7 +87,7 @@ def test_a_query_searches_the_index_that_is_there(done, folder):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=True,
     )
     assert "1 of 42 modules" in found.stdout
@@ -115,7 +115,7 @@ def test_an_unusable_root_is_one_message(tmp_path, name, message):
     (tmp_path / "file").write_text("")
     command = [*STAGEFLOW, "--root", str(tmp_path / name)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=50, check=False
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
@@ -129,7 +129,7 @@ def test_without_httpx_the_stage_is_skipped_and_says_so(done, folder):
     )
     command = [sys.executable, "-c", code, "demo", "--output", "bare", "--root", str(folder / "tree")]
     bare = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=50, check=False
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=100, check=False
     )
     assert bare.returncode == 0
     assert "pip install 'stageflow[web]'" in bare.stderr
@@ -171,11 +171,11 @@ def busy_worker(process: subprocess.Popen[str]) -> psutil.Process:
 
 def test_killing_a_worker_changes_nothing(heavy):
     with start(heavy, "--json") as process:
-        calm = json.loads(process.communicate(timeout=50)[0])
+        calm = json.loads(process.communicate(timeout=100)[0])
     before = {name: (heavy / "out" / name).read_bytes() for name in FILES}
     with start(heavy, "--json") as process:
         busy_worker(process).kill()
-        out, err = process.communicate(timeout=50)
+        out, err = process.communicate(timeout=100)
     assert (process.returncode, said(err)) == (0, "")
     assert json.loads(out)["summary"] == calm["summary"]
     assert {name: (heavy / "out" / name).read_bytes() for name in FILES} == before
@@ -187,7 +187,7 @@ def test_ctrl_c_drains_and_reports(heavy):
         busy_worker(process)
         left = children(recursive=True)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=80)
     assert process.returncode == 130
     assert "what was done until then" in out
     assert "Traceback" not in out + err

@@ -33,10 +33,10 @@ async def test_packages_asks_the_service_about_everything_installed(address):
 
 
 def test_the_service_pages_and_says_what_it_does_not_have(address):
-    with urllib.request.urlopen(f"{address}/packages", timeout=10) as reply:
+    with urllib.request.urlopen(f"{address}/packages", timeout=30) as reply:
         first = json.load(reply)
     assert len(first["packages"]) == service.PAGE
-    with urllib.request.urlopen(f"{address}/packages?page={first['pages']}", timeout=10) as reply:
+    with urllib.request.urlopen(f"{address}/packages?page={first['pages']}", timeout=30) as reply:
         last = json.load(reply)
     assert first["packages"][0]["name"] < last["packages"][-1]["name"]
     for elsewhere in (
@@ -47,7 +47,7 @@ def test_the_service_pages_and_says_what_it_does_not_have(address):
         "",
     ):
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{address}/{elsewhere}", timeout=10)
+            urllib.request.urlopen(f"{address}/{elsewhere}", timeout=30)
 
 
 async def test_without_httpx_packages_is_skipped_with_what_to_install(monkeypatch):

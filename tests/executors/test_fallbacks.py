@@ -141,7 +141,7 @@ def in_small_shm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
         script = tmp_path / "script.py"
         script.write_text(text)
         return subprocess.run(
-            [*command, sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=50
+            [*command, sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=100
         )
 
     return run
@@ -251,7 +251,7 @@ def test_a_kill_for_want_of_memory_is_told_from_others(small_cgroup: Path, tmp_p
     script.write_text(HOARD)
     enter = f'echo $$ > {small_cgroup}/cgroup.procs && exec "$@"'
     done = subprocess.run(
-        ["sh", "-c", enter, "sh", sys.executable, str(script)], capture_output=True, text=True, timeout=50
+        ["sh", "-c", enter, "sh", sys.executable, str(script)], capture_output=True, text=True, timeout=100
     )
     assert done.stdout.splitlines() == [
         "(11, False)", "(9, False)", "(9, True)", "(11, False)", "1",

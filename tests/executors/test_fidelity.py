@@ -405,7 +405,7 @@ async def main():
         print("pyarrow" in sys.modules, await executor.submit(eval, "'pyarrow' in __import__('sys').modules"))
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.returncode) == ("False False\n", 0), done.stderr
 
 
@@ -456,7 +456,7 @@ def test_the_check_finds_what_changes_and_nothing_else(tmp_path: pathlib.Path) -
     script = tmp_path / "script.py"
     script.write_text(CHECKED)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=50,
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=100,
         env={**os.environ, "STAGEFLOW_CHECK_FIDELITY": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -269,7 +269,7 @@ pending = [pool.submit(make, n) for n in range(50)]
 def test_a_script_without_guard_or_shutdown_ends_cleanly(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    found = subprocess.run([sys.executable, "-X", "dev", str(script)], capture_output=True, text=True, timeout=50)
+    found = subprocess.run([sys.executable, "-X", "dev", str(script)], capture_output=True, text=True, timeout=100)
     assert found.stdout.splitlines() == ["[100, 101, 102, 103, 104] 100", "1"]
     assert "Traceback" not in found.stderr
     assert found.returncode == 0

@@ -102,7 +102,7 @@ def test_a_timeout_frees_the_workers(tmp_path: Path) -> None:
     with pytest.raises(multiprocessing.TimeoutError):
         Parallel(timeout=0.5)(delayed(hang)(str(tmp_path / str(n))) for n in range(2))
     assert Parallel()(delayed(abs)(-n) for n in range(4)) == [0, 1, 2, 3]
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50  # they would hang for ever
 
 
 @pytest.mark.parametrize("order", ["generator", "generator_unordered"])
@@ -150,5 +150,5 @@ def make(n): return Doc(n)
 print([type(d) is Doc and d.n for d in joblib.Parallel(n_jobs=2)(joblib.delayed(make)(n) for n in range(4))])
 """
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr, done.returncode) == ("[0, 1, 2, 3]\n", "", 0)

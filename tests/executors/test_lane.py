@@ -49,7 +49,7 @@ def spin(seconds: float) -> int:
 def run_script(tmp_path: Path, text: str, *arguments: str) -> str:
     script = tmp_path / "script.py"
     script.write_text(text)
-    found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=50)
+    found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=100)
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()
 

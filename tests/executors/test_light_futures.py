@@ -68,10 +68,10 @@ def test_whoever_asks_while_results_arrive_hears_of_each_once(how: str) -> None:
         thread.join(10)
         assert sorted(map(id, heard)) == sorted(map(id, futures))
     elif how == "as_completed":
-        heard.extend(concurrent.futures.as_completed(futures, timeout=10))  # type: ignore[arg-type]
+        heard.extend(concurrent.futures.as_completed(futures, timeout=30))  # type: ignore[arg-type]
         assert sorted(map(id, heard)) == sorted(map(id, futures))
     elif how == "wait":
-        done, rest = concurrent.futures.wait(futures, timeout=10)
+        done, rest = concurrent.futures.wait(futures, timeout=30)
         assert len(done) == len(futures)
         assert not rest
     else:

@@ -198,7 +198,7 @@ def test_spans_of_a_worker_become_children_of_their_attempt(docs_run: list[Event
     import json
 
     traceparent = tracing.traceparent_of("run-1", "summary", 2)
-    done = subprocess.run([sys.executable, "-c", WORKER, traceparent], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", WORKER, traceparent], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     kind, data = json.loads(line)
@@ -364,7 +364,7 @@ def test_off_without_a_provider_and_nothing_imported() -> None:
         "sink = configured_sink()\n"
         "assert sink is not None and sink.wants_spans\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
@@ -411,7 +411,7 @@ if __name__ == "__main__":
 def test_a_provider_that_the_program_has_set_up_gets_every_run_once(tmp_path: Path) -> None:
     program = tmp_path / "automatic.py"
     program.write_text(AUTOMATIC)
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, "exported\n"), done.stderr
 
 

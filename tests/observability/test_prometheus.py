@@ -130,15 +130,15 @@ def test_many_events_cost_no_memory(endless_events: Callable[[int], Iterator[Eve
 def test_the_server_answers_on_loopback_only_and_closes(docs_run: list[Event]) -> None:
     with MetricsServer(fed(docs_run)) as server:
         assert server.url.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(server.url, timeout=10) as answer:
+        with urllib.request.urlopen(server.url, timeout=30) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             assert value(parse(answer.read().decode()), "stageflow_items_total", stage="parse") == 100
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(server.url.replace("/metrics", "/secret"), timeout=10)
+            urllib.request.urlopen(server.url.replace("/metrics", "/secret"), timeout=30)
         port = int(server.url.split(":")[2].split("/")[0])
         with socket.create_connection(("127.0.0.1", port)) as silent:
             silent.send(b"GET ")  # a client that stops in the middle holds up nobody
-            with urllib.request.urlopen(server.url, timeout=10) as answer:
+            with urllib.request.urlopen(server.url, timeout=30) as answer:
                 assert answer.status == 200
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -188,7 +188,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, path):
 
     def run(how):
         return subprocess.run(
-            [sys.executable, str(script), store, path, how], capture_output=True, text=True, timeout=50
+            [sys.executable, str(script), store, path, how], capture_output=True, text=True, timeout=100
         )
 
     assert run("die").returncode == -signal.SIGKILL

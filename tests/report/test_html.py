@@ -259,7 +259,7 @@ def test_a_browser_shows_it_without_an_error(page: str, tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=True,
     )
     assert "CONSOLE" not in done.stderr

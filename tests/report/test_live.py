@@ -176,7 +176,7 @@ def test_a_browser_follows_the_run(live: LivePage, docs_run: list[Event], tmp_pa
         ],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
     thread.join(20)

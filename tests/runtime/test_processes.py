@@ -33,7 +33,7 @@ def script(tmp_path, body):
 
 
 def output(command, **keywords):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, **keywords)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, **keywords)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -142,7 +142,7 @@ def press_twice(process, tmp_path):
 
 
 def lines(process):
-    out, err = process.communicate(timeout=40)
+    out, err = process.communicate(timeout=80)
     return out.splitlines(), err
 
 

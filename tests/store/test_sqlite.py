@@ -256,7 +256,7 @@ def test_processes_that_race_do_each_key_once(path):
     for racer in racers:
         assert racer.stdout is not None
         assert racer.stdout.readline() == "ready\n"
-    told = [racer.communicate("go\n", timeout=50)[0] for racer in racers]
+    told = [racer.communicate("go\n", timeout=100)[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0, 0]
     said = [line.split() for text in told for line in text.splitlines()]
     workers = {int(n): name for word, n, name in said if word == "worked"}

@@ -114,11 +114,14 @@ def test_a_block_whose_items_begin_to_take_long_gives_the_rest_back(brief):
 
 
 async def test_on_the_loop_too():
-    block = program(slow_from(10), brief=True)
-    reply = await block.run_async(Port(), Head(), None, (Piece(0, 400, -1, ((0, 0),)),), list(range(400)))
-    ((lo, hi, _),) = reply.meta.ranges
-    assert lo == 0
-    assert 11 <= hi <= 25, "40 ms of items that take 3 ms"
+    ends = []
+    for _ in range(3):  # the machine may stop for 40 ms within the first ten, but not each time
+        block = program(slow_from(10), brief=True)
+        reply = await block.run_async(Port(), Head(), None, (Piece(0, 400, -1, ((0, 0),)),), list(range(400)))
+        ((lo, hi, _),) = reply.meta.ranges
+        assert lo == 0
+        ends.append(hi)
+    assert 11 <= max(ends) <= 25, "40 ms of items that take 3 ms"
 
 
 def part_of(function, *, brief=True):

@@ -158,7 +158,7 @@ def test_a_batch_is_closed_by_time(engine):
     def slow_numbers():
         yield 1
         yield 2
-        release.wait(5)
+        release.wait(30)
         yield 3
 
     def note(xs):
@@ -318,7 +318,7 @@ def test_a_source_is_closed_when_its_reader_fails(engine):
     graph = PipelineBuilder("e").stage("endless", endless).map("fails", fails, "endless").build()
     result = engine.run(graph)
     assert not result.success
-    assert closed.wait(5)
+    assert closed.wait(30)
 
 
 def test_a_source_is_never_far_ahead_of_a_slow_reader(engine):

@@ -291,7 +291,7 @@ sys.exit(130)
 def test_ctrl_c_ends_it_and_what_was_done_is_counted(tmp_path, signals):
     script = tmp_path / "interrupted.py"
     script.write_text(textwrap.dedent(INTERRUPTED.format(signals=signals, rest=0)))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 130, done.stderr
     told = json.loads(done.stdout)
     assert told["status"] == "cancelled"

@@ -286,7 +286,7 @@ def test_several_processes_ask_one_question_and_one_answer_counts(tmp_path: Path
         subprocess.Popen([sys.executable, "-c", MANY, path, str(n)], stdout=subprocess.PIPE, text=True)
         for n in range(4)
     ]
-    answers = [process.communicate(timeout=50)[0].splitlines() for process in processes]
+    answers = [process.communicate(timeout=100)[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     asked = {line[0] for line in answers}
     assert len(asked) == 1, "every process found the same requests under the same keys"

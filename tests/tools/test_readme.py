@@ -44,7 +44,7 @@ def test_the_approval_example(tmp_path: Path) -> None:
             [sys.executable, "-c", decide, "--store", str(store), "approve", request_id[:8], "--by", "ada"],
             check=True, capture_output=True, timeout=30,
         )  # fmt: skip
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=80)
     finally:
         process.kill()
         process.communicate()

@@ -11,7 +11,7 @@ HEAVY = "('httpx', 'httpcore', 'lxml', 'protego', 'cssselect', 'charset_normaliz
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

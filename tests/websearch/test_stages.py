@@ -299,7 +299,7 @@ def test_a_list_of_pages_goes_on_where_it_was_killed(site: Site, tmp_path: Path,
     _end_when_written(command, tmp_path, 40, signal_name)
     finished = Counter((tmp_path / "pages.txt").read_text().split())
     before = len(site.requests)
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=50)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=100)
     written = Counter((tmp_path / "pages.txt").read_text().split())
     assert set(written) == {f"{site.url}/p/{n}.html" for n in range(150)}
     # killed between writing a page and noting it, that one page comes again
@@ -308,7 +308,7 @@ def test_a_list_of_pages_goes_on_where_it_was_killed(site: Site, tmp_path: Path,
     again = [request.path for request in site.requests[before:] if f"{site.url}{request.path}" in finished]
     assert len(again) <= allowed, "the server was not asked for a finished page"
     asked = len(site.requests)
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=50)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=100)
     assert len(site.requests) == asked, "and the third time for none"
 
 
@@ -367,7 +367,7 @@ def test_a_killed_crawl_neither_loses_nor_repeats_what_it_finished(
     with CrawlJournal(tmp_path / "crawl.db") as journal:
         finished = [url for url, _, done in journal.entries() if done]
     assert len(finished) < 150
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=50)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=100)
     written = Counter(pages.read_text().splitlines())
     assert {f"{site.url}/p/{n}.html" for n in range(150)} <= written.keys()
     assert all(written[url] <= 1 for url in finished)
