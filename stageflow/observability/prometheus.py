@@ -136,7 +136,7 @@ class PrometheusSink:
 
     def _merge(self, into: dict[_Key, _Stage], fold: StatsFold) -> None:
         for name, tally in fold.tallies.items():
-            key = (fold.pipeline, name, tally.lane or fold.lanes.get(name, ""))
+            key = (fold.pipeline, name, tally.where(fold.lanes.get(name, "")))
             stage = into.get(key)
             if stage is None:
                 if len(into) >= MAX_STAGES:

@@ -350,7 +350,7 @@ class StatsFold:
     def _placed(self, event: Event) -> None:
         lane = event.data.get("lane") or event.lane
         if lane:
-            self._tally(event.stage or "").lane = lane
+            self._tally(event.stage or "").moved_to(lane)
 
     # ------------------------------------------------------------ the run
 
@@ -417,7 +417,7 @@ class StatsFold:
         histogram = tally.histogram
         return StageStats(
             stage=stage,
-            lane=tally.lane or lane,
+            lane=tally.where(lane),
             kind=kind,
             status=tally.status,
             items_in=tally.items_in,

@@ -110,6 +110,7 @@ class StageTally:
         "histogram",
         "items_out",
         "lane",
+        "moved",
         "pids",
         "progress",
         "queued_seconds",
@@ -126,6 +127,7 @@ class StageTally:
 
     def __init__(self) -> None:
         self.lane: str | None = None
+        self.moved: dict[str, int] | None = None  # attempts that ran in another lane than was planned
         self.status = "pending"
         self.started_ns = 0
         self.ended_ns = 0
@@ -157,6 +159,19 @@ class StageTally:
     def items_in(self) -> int:
         """Items that ended, whatever way."""
         return self.items_out + self.dropped + self.failed + self.cancelled
+
+    def moved_to(self, lane: str) -> None:
+        """An attempt runs in this lane, whatever is said of its stage."""
+        self.moved = moved = self.moved or {}
+        moved[lane] = moved.get(lane, 0) + 1
+
+    def where(self, planned: str) -> str:
+        """The lane in which most of its attempts ran."""
+        if self.moved:
+            lane, count = max(self.moved.items(), key=lambda one: one[1])
+            if 2 * count > self.attempts_ended:
+                return lane
+        return self.lane or planned
 
     def measure(self, data: Mapping[str, Any], weight: int, ended_ns: int) -> None:
         """Take the times, bytes and worker of an attempt, or of a block of `weight` items."""

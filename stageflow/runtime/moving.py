@@ -46,9 +46,8 @@ class Moving(DriverCounters):
         name = job.graph.specs[action.stage].name
         reason = named(job, running.action, outcome.error).message if outcome.error is not None else "it cannot be sent"
         action = msgspec.structs.replace(action, lane="thread")
-        if job.listening:
-            data = {"lane": "thread", "reason": reason}
-            self._event(names.STAGE_PLACED, job, name, None, action.attempt, "thread", data)
+        data = {"lane": "thread", "reason": reason}
+        self._event(names.STAGE_PLACED, job, name, None, action.attempt, "thread", data)
         if action.stage not in job.moved:
             job.moved.add(action.stage)
             _log.warning("stage %r runs on a thread what cannot be sent to a worker: %s", name, reason)

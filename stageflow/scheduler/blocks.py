@@ -17,7 +17,7 @@ from stageflow.pipeline.spec import Role
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.backpressure import BLOCK_BYTES, View, strictest, unseen_bytes
-from stageflow.scheduler.books import Lane, Run, Task
+from stageflow.scheduler.books import ON_LOOP, Lane, Run, Task
 from stageflow.scheduler.layout import MAX_BLOCK
 from stageflow.scheduler.ranges import (
     NOTHING,
@@ -228,6 +228,11 @@ class BlockRules:
             self._drop_task(task, now)
             stream.running -= max(1, task.items)
         chunk = None
+        if signal.final and signal.status == "ok" and task.stopping is None and task.lane in ON_LOOP:
+            # a batch is many, and what its generator gave has gone on
+            single = task.items == 1 and not stream.batch and stream.flow_frontier is None
+            if single and self._overran(run, task, signal.done.seconds):
+                task.stopping = "timeout"
         if task.stopping == "timeout" and task.items == 1 and signal.final and not stream.batch:
             # its time was up: that is its outcome, whatever it answered in the end
             signal.done = Done((), seconds=signal.done.seconds, cpu_seconds=signal.done.cpu_seconds)

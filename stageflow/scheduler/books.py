@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -15,6 +15,8 @@ from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
 from stageflow.scheduler.streams import Segment, Stream
 
+#: lanes whose calls share the loop with everything else
+ON_LOOP: Final = ("async", "inline")
 #: what waits for a slot: (-priority, -depth, the run's age, its own age, run, stage, stream, since when)
 Entry = tuple[int, int, int, int, "Run", int, "Stream | None", float]
 

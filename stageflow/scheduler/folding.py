@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.books import Lane, Run, Task
+from stageflow.scheduler.books import ON_LOOP, Lane, Run, Task
 from stageflow.scheduler.outcomes import blamed, timeout_info
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.streams import Chunk, Segment, Stream
@@ -80,6 +80,12 @@ class FoldRules:
         if status == "cancel" and task.stopping is None:
             self._end_run(run, "cancelled", signal.reason or "cancelled by the stage", now)
             return
+        if status == "ok" and task.stopping is None and task.lane in ON_LOOP:
+            if self._overran(run, task, signal.seconds):
+                task.stopping = "timeout"
+        if status == "ok" and task.stopping is not None and signal.handle:
+            self._out.append(act.Release(run.id, (signal.handle,)))
+            signal.handle = 0
         if status == "ok" and task.stopping is None:
             self._fold_done(run, stream, task, signal, now)
         elif status == "lost" and task.stopping is None:

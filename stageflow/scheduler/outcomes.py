@@ -14,7 +14,7 @@ import msgspec
 
 from stageflow.core.output import ErrorInfo
 from stageflow.scheduler import signals as sig
-from stageflow.scheduler.books import Run, Task
+from stageflow.scheduler.books import ON_LOOP, Run, Task
 from stageflow.scheduler.ranges import failure_data
 from stageflow.scheduler.states import StageState
 from stageflow.scheduler.stops import stopped_info
@@ -40,7 +40,7 @@ class OutcomeRules:
             return
         status = signal.status
         if status == "ok" and task.stopping is None and run.ending is None:
-            if task.lane == "inline" and self._overran(run, task, signal):
+            if task.lane in ON_LOOP and self._overran(run, task, signal.seconds):
                 self._timed_out(run, task, signal, now)
             else:
                 self._succeed(run, task, signal, now)
@@ -75,11 +75,12 @@ class OutcomeRules:
             self._attempt_failed(run, task, signal, now)
         self._settle_ended(now)
 
-    def _overran(self: Machine, run: Run, task: Task, signal: sig.AttemptEnded) -> bool:
-        """Whether an inline attempt took longer than its timeout: nothing could interrupt it, so it is seen now."""
+    def _overran(self: Machine, run: Run, task: Task, seconds: float) -> bool:
+        """Whether an attempt on the loop took longer than its timeout: what never waits cannot be interrupted there, so
+        it is seen now."""
         limit = run.layout.specs[task.stage].policies.timeout
         task.limit = limit or 0.0
-        return limit is not None and signal.seconds > limit
+        return limit is not None and seconds > limit
 
     def _succeed(self: Machine, run: Run, task: Task, signal: sig.AttemptEnded, now: float) -> None:
         stage = task.stage

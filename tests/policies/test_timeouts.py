@@ -232,3 +232,25 @@ def test_a_stage_that_is_done_in_time_is_never_timed_out_later():
         result = engine.run(graph)
     assert result.success
     assert clock.now == pytest.approx(100.0)
+
+
+def naps(x) -> int:
+    time.sleep(0.06)
+    return 1
+
+
+@pytest.mark.parametrize("lane", ["async", "inline"])
+@pytest.mark.parametrize("shape", ["stage", "map", "reduce"])
+def test_what_holds_the_loop_for_too_long_fails_when_it_returns(lane, shape):
+    """Nothing can interrupt it there."""
+    policies = {"executor": lane, "timeout": 0.05}
+    builder = PipelineBuilder("t")
+    if shape == "stage":
+        builder.stage("late", naps, inputs={"x": "xs"}, **policies)
+    elif shape == "map":
+        builder.map("late", naps, over="xs", **policies)
+    else:
+        builder.reduce("late", lambda total, x: total + naps(x), "xs", initial=0, **policies)
+    result = builder.build().run({"xs": [1]})
+    assert result.status == "failed"
+    assert result.error_info.type.endswith("StageTimeoutError")

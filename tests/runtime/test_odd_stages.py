@@ -245,6 +245,19 @@ def test_what_cannot_be_sent_runs_on_a_thread_where_nobody_chose_the_lane(engine
     assert len([record for record in caplog.records if "on a thread" in record.getMessage()]) == 3
 
 
+def test_the_numbers_say_the_lane_in_which_most_attempts_ran(engine):
+    graph = PipelineBuilder("p").stage("one", kind_of, kind="transform", inputs={"thing": "lock"})
+    graph = graph.stage("things", things).map("few", kind_of, "things")
+    graph = graph.map("all", lambda each: type(each).__name__, "locks")
+    inputs = {"lock": threading.Lock(), "amount": 5, "locks": [threading.Lock() for _ in range(4)]}
+    result = engine.run(graph.build(), inputs)
+    assert result.data("one") == "lock"
+    assert list(result.data("all")) == ["lock"] * 4
+    assert {name: result.stats[name].lane for name in ("one", "few", "all")} == {
+        "one": "thread", "few": "process", "all": "thread",
+    }  # fmt: skip
+
+
 def test_what_cannot_be_sent_fails_where_the_author_chose_the_lane(engine):
     graph = PipelineBuilder("p").stage("one", kind_of, executor="process").build()
     assert "cannot cross" in engine.run(graph, {"thing": threading.Lock()}).outputs["one"].error
