@@ -40,9 +40,9 @@ def _imports(scale: float) -> Iterator[Sides]:
     yield sides
 
 
-def first_result(script: str) -> Callable[[], None]:
+def first_result(script: str, *arguments: str) -> Callable[[], None]:
     def run() -> None:
-        command = [sys.executable, str(HERE / "scripts" / script)]
+        command = [sys.executable, str(HERE / "scripts" / script), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
         assert done.stdout.strip() == "42", done.stderr
 
@@ -55,6 +55,7 @@ def _first(scale: float) -> Iterator[Sides]:
     sides.add("ours", timed(first_result("first_result_ours.py"), repeat=3))
     sides.add("ppe", timed(first_result("first_result_standard.py"), repeat=3))
     sides.add("bare", timed(first_result("first_result_bare.py"), repeat=3))
+    sides.add("built", timed(first_result("first_result_bare.py", "built"), repeat=3))
     yield sides
 
 
@@ -125,6 +126,13 @@ SCENARIOS = (
                 what="asyncio, uvloop and msgspec here, msgspec there (limit)",
                 against="PPE forkserver",
                 over="bare",
+                under="ppe",
+            ),
+            Row(
+                id="C2",
+                what="the same, begun there when a graph is built here (limit)",
+                against="PPE forkserver",
+                over="built",
                 under="ppe",
             ),
         ),

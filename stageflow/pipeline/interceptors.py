@@ -68,11 +68,6 @@ class BaseInterceptor(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
-def asks_for_worker(interceptor: Any) -> bool:
-    """Whether the hooks of an interceptor are to be called where the attempt runs."""
-    return bool(getattr(interceptor, "in_worker", False))
-
-
 class InterceptorChain:
     """Interceptors in the order they are entered: by priority, equal ones as given. Immutable."""
 

@@ -346,6 +346,11 @@ class Resources(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------- all of them
 
 
+def asks_for_worker(interceptor: Any) -> bool:
+    """Whether the hooks of an interceptor are to be called where the attempt runs."""
+    return bool(getattr(interceptor, "in_worker", False))
+
+
 class Policies(msgspec.Struct, frozen=True, kw_only=True):
     """Every policy of one stage. Fields have their defaults where a stage says nothing; equal values are shared."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from stageflow.pipeline.interceptors import asks_for_worker
+from stageflow.pipeline.policies import asks_for_worker
 from stageflow.pipeline.spec import Role, StageSpec
 
 Joined = dict[int, tuple[int, ...]]

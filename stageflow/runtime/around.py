@@ -20,7 +20,8 @@ from stageflow.core.executor import Call, Outcome, OutcomeKind
 from stageflow.core.failure import capture
 from stageflow.core.kinds import StageStatus
 from stageflow.core.output import ErrorInfo, StageOutput
-from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
+from stageflow.pipeline.interceptors import InterceptorChain
+from stageflow.pipeline.policies import asks_for_worker
 from stageflow.pipeline.spec import StageSpec
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.interceptors import InterceptorServices, InterceptorStates, LazyOutput, run_intercepted

@@ -13,9 +13,8 @@ from stageflow.core.executor import Shipped
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.checks import checked_annotation
 from stageflow.pipeline.graph import StageGraph
-from stageflow.pipeline.interceptors import InterceptorChain, asks_for_worker
 from stageflow.pipeline.placement import place
-from stageflow.pipeline.policies import Policies
+from stageflow.pipeline.policies import Policies, asks_for_worker
 from stageflow.pipeline.regions import find_regions
 from stageflow.pipeline.spaces import flows_early
 from stageflow.pipeline.spec import Role, StageSpec
@@ -346,6 +345,7 @@ class GraphCode:
         inside = None
         if asked:
             from stageflow.context.inside import Inside
+            from stageflow.pipeline.interceptors import InterceptorChain
 
             inside = Inside(InterceptorChain(asked).interceptors)
         wants_ctx = spec.wants_ctx or spec.form != "function" or inside is not None

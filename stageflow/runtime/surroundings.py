@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stageflow.pipeline.interceptors import asks_for_worker
+from stageflow.pipeline.policies import asks_for_worker
 
 if TYPE_CHECKING:
     from stageflow.core.executor import Call

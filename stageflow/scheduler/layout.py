@@ -12,8 +12,7 @@ from typing import Final
 
 from stageflow.core.kinds import StageKind
 from stageflow.pipeline.graph import StageGraph
-from stageflow.pipeline.interceptors import asks_for_worker
-from stageflow.pipeline.policies import DEFAULT_POLICIES
+from stageflow.pipeline.policies import DEFAULT_POLICIES, asks_for_worker
 from stageflow.pipeline.spec import Role
 
 #: how the items of a stage may be handed over: in blocks, or so only where each takes no longer than the hand-over

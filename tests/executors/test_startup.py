@@ -211,3 +211,30 @@ def test_the_first_fork_server_is_on_its_way_before_asyncio_is_imported_and_neve
     # before asyncio the first time; one for nothing where the input is missing, taken over where it is needed, and
     # ended where the stage turns out to be one that cannot be sent
     assert done.stdout.splitlines() == ["[False] 0", "42 [False, True] 0", "21 0"], done.stderr
+
+
+def _pid_and_module(name: str) -> tuple[int, bool]:
+    return os.getpid(), name in sys.modules
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux's")
+async def test_a_worker_started_ahead_is_the_one_that_is_borrowed_and_has_its_modules() -> None:
+    supply = WorkerSupply(2)
+    supply.start_ahead(["colorsys"])
+    supply.start_ahead(["wave"])  # there is one already
+    (ahead,) = supply.workers.values()
+    async with ProcessExecutor(supply=supply) as lane:
+        pid, there = await lane.submit(_pid_and_module, "colorsys")
+        assert (pid, there) == (ahead.pid, True)
+        assert list(supply.workers.values()) == [ahead]
+    supply.close()
+    assert not supply.workers
+
+
+def test_a_worker_that_cannot_be_started_ahead_is_no_error_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    supply = WorkerSupply(1)
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    supply.start_ahead([])
+    assert not supply.workers
+    assert supply.may_start()
+    supply.close()

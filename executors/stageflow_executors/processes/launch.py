@@ -24,9 +24,11 @@ from stageflow_executors.processes.program import Program, interpreter_flags, st
 #: what every worker imports, however it is started
 OWN_MODULES: Final = ("stageflow.core.lean", "stageflow_executors.processes.worker_main")
 
-#: imported, not run as a script, which would be compiled anew at each start; found first, wherever we work
+#: imported, not run as a script, which would be compiled anew at each start; found first, wherever we work. Nothing but
+#: imports happens there, and the collector would walk through all of them several times
 _ENTRY: Final = (
-    "import sys; sys.path[:] = sys.argv.pop(1), *filter(None, sys.path); import forkserver; forkserver.main()"
+    "import sys, gc; gc.disable(); sys.path[:] = sys.argv.pop(1), *filter(None, sys.path); "
+    "import forkserver; forkserver.main()"
 )
 
 _lock = threading.Lock()
