@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import multiprocessing
 import random
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -173,7 +174,8 @@ def _items(scale: float) -> Iterator[Sides]:
 
 @contextmanager
 def _tasks(scale: float) -> Iterator[Sides]:
-    """Tasks of 1 ms, and of 0.1 to 20 ms, against the best of several chunk sizes chosen by hand.
+    """Tasks of 1 ms, and of 0.1 to 20 ms, against the best of several chunk sizes chosen by hand: the one that is best
+    before the rounds begin. The luckiest of three in every round would be a peer that nobody can run.
 
     The limit is that pool with one chunk for each worker, of equal work: it needs to know beforehand what a task takes.
     """
@@ -201,9 +203,11 @@ def _tasks(scale: float) -> Iterator[Sides]:
 
         for kind, tasks, sizes in (("equal", equal, (8, 32, 128)), ("mixed", mixed, (1, 4, 16))):
             sides.add(f"{kind} ours", timed(partial(ours, tasks)))
-            for size in sizes:
-                call = timed(partial(by_hand, tasks, size))
-                sides.add(f"{kind} ppe{size}", call)
+            calls = {size: timed(partial(by_hand, tasks, size)) for size in sizes}
+            seconds = {size: statistics.median(calls[size]() for _ in range(3)) for size in sizes}
+            best = min(sizes, key=seconds.__getitem__)
+            sides.add(f"{kind} ppe", calls[best])
+            sides.notes[f"{kind} chunks"] = f"{best} tasks each, of {seconds}"
             sides.add(f"{kind} limit", timed(partial(dealt_out, equal_shares(tasks, WORKERS))))
         yield sides
 
@@ -214,15 +218,6 @@ def equal_shares(tasks: list[int], count: int) -> list[list[int]]:
     for task in sorted(tasks, reverse=True):
         min(shares, key=sum).append(task)
     return shares
-
-
-def _best(kind: str, sizes: tuple[int, ...], side: str = "ours") -> Any:
-    """Finished tasks per second of ours (or another side) over the best chunk size of this round."""
-
-    def formula(values: Mapping[str, float]) -> float:
-        return min(values[f"{kind} ppe{size}"] for size in sizes) / values[f"{kind} {side}"]
-
-    return formula
 
 
 SCENARIOS = (
@@ -354,7 +349,8 @@ SCENARIOS = (
                 id="T3",
                 what="2,000 tasks of 1 ms, finished/s",
                 against="best hand-chunked PPE",
-                formula=_best("equal", (8, 32, 128)),
+                over="equal ppe",
+                under="equal ours",
                 bar=0.97,
                 at_most=False,
             ),
@@ -362,14 +358,16 @@ SCENARIOS = (
                 id="T3",
                 what="2,000 tasks of 1 ms, dealt out by known length (limit)",
                 against="best hand-chunked PPE",
-                formula=_best("equal", (8, 32, 128), "limit"),
+                over="equal ppe",
+                under="equal limit",
                 at_most=False,
             ),
             Row(
                 id="T3",
                 what="600 tasks of 0.1 to 20 ms, finished/s",
                 against="best hand-chunked PPE",
-                formula=_best("mixed", (1, 4, 16)),
+                over="mixed ppe",
+                under="mixed ours",
                 bar=1.1,
                 at_most=False,
             ),
@@ -377,7 +375,8 @@ SCENARIOS = (
                 id="T3",
                 what="600 tasks of 0.1 to 20 ms, dealt out by known length (limit)",
                 against="best hand-chunked PPE",
-                formula=_best("mixed", (1, 4, 16), "limit"),
+                over="mixed ppe",
+                under="mixed limit",
                 at_most=False,
             ),
         ),
