@@ -5,6 +5,9 @@ together. On as many cores as there are workers METG(50 %) cannot be less than t
 all CPU time is theirs. Below stands the same for a bare bounce of one frame, per task, with nothing decided in between
 (`python -m benchmarks.executors.costs` takes it apart).
 
+The second table is the time of all cores at a length near the crossing, by who has it: the task (what its loop takes in
+this process, with warm caches), the parent, the workers beyond the task, and nobody.
+
 Linux only: it reads /proc/PID/schedstat.
 """
 
@@ -20,11 +23,13 @@ from typing import Any, Final
 from benchmarks.measures.common import engine_on_loop
 from benchmarks.metg import PATTERNS, engine_graph, grid
 from benchmarks.peers import WORKERS
+from benchmarks.work import loops_per_second
 from stageflow.runtime.running import live_drivers
 
 RUNS: Final = 20
 ROUNDS: Final = 5
 BOUNCES: Final = 2000
+TASK_US: Final = 100.0  #: of the second table
 
 
 def cpu_us(pid: int) -> float:
@@ -48,21 +53,21 @@ def measured(once: Callable[[], None], workers: Sequence[int], count: int) -> tu
     return wall, parent, others_
 
 
-def grids() -> None:
-    """Each pattern through the engine."""
+def grids(loops: int, tell: Callable[[str, float, float, float], None]) -> None:
+    """Each pattern through the engine, with tasks of so many loops."""
     with engine_on_loop(processes=WORKERS) as (runner, engine):
         for pattern in PATTERNS:
             cells = grid(pattern)
             graph: Any = engine_graph(cells)
 
             def once(graph: Any = graph) -> None:
-                runner.run(engine.execute(graph, {"loops": 1})).raise_for_failure()
+                runner.run(engine.execute(graph, {"loops": loops})).raise_for_failure()
 
             for _ in range(5):
                 once()
             lanes = [driver.executors["process"] for driver in live_drivers if "process" in driver.executors]
             pids = [worker.pid for lane in lanes for worker in lane.supply.workers.values()]  # type: ignore[attr-defined]
-            show(pattern, *measured(once, pids, len(graph)))
+            tell(pattern, *measured(once, pids, len(graph)))
 
 
 def bounce() -> None:
@@ -93,11 +98,19 @@ def show(name: str, wall: float, parent: float, workers: float) -> None:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     print("| us per stage | wall | parent CPU | workers' CPU | sum |")
     print("|---|---|---|---|---|")
     bounce()
-    grids()
+    grids(1, show)
+    print(f"\n| us of {WORKERS} cores per stage | in all | task | parent | workers beyond it | nobody, or others |")
+    print("|---|---|---|---|---|---|")
+
+    def shares(name: str, wall: float, parent: float, workers: float) -> None:
+        cells = (WORKERS * wall, TASK_US, parent, workers - TASK_US, WORKERS * wall - parent - workers)
+        print(f"| {name} | {' | '.join(f'{cell:.1f}' for cell in cells)} |", flush=True)
+
+    grids(int(loops_per_second() * TASK_US * 1e-6), shares)
 
 
 if __name__ == "__main__":

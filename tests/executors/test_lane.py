@@ -94,6 +94,27 @@ async def test_short_calls_of_one_turn_share_frames_when_every_worker_has_someth
         assert lent.next_frame - before <= 4  # the first at once, the others in what was left to share
 
 
+async def test_few_brief_calls_are_shared_out_evenly_and_in_as_few_frames_as_there_are_workers() -> None:
+    async with ProcessExecutor(2) as lane:
+        loop, shipped = asyncio.get_running_loop(), Shipped(echo)
+
+        def start(first: int, count: int) -> list[asyncio.Future[Outcome]]:
+            ended: list[asyncio.Future[Outcome]] = [loop.create_future() for _ in range(count)]
+            for number, future in enumerate(ended, first):
+                lane.start(Call(number, shipped, (number,), short=True), future.set_result)
+            return ended
+
+        ended = start(1, 2)
+        one, two = lane._lent.values()
+        assert (len(one.tasks), len(two.tasks)) == (1, 1)
+        lane._ewma_ns[shipped.key] = 1000.0
+        ended += start(3, 5)
+        lane._look()  # as at the end of the turn, before anything is heard
+        assert sorted((len(one.tasks), len(two.tasks))) == [3, 4]
+        assert (one.next_frame, two.next_frame) == (2, 2)
+        assert [(await future).value.load() for future in ended] == list(range(1, 8))
+
+
 def says_much(port: Any, times: int) -> int:
     for number in range(times):
         port.note("said", number)

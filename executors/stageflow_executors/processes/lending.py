@@ -43,7 +43,7 @@ class Lending(Sending):
             lent = self._worker_for(task)
             if lent is None:
                 return
-            self._send_tasks(lent, self._batch(task))
+            self._send_tasks(lent, self._batch(task, lent))
 
     def _worker_for(self, task: Task) -> Lent | None:
         while self._idle:

@@ -87,7 +87,7 @@ class Sending(LaneState):
         task.payloads.append(ProcessPayload(self.supply.books, None, len(data), (block.key,), 32))
         return ch.encode_message([ch.BIG, [*block.key, block.off, len(data)]])
 
-    def _batch(self, first: Task) -> list[Task]:
+    def _batch(self, first: Task, lent: Lent) -> list[Task]:
         """Calls for one frame: one, or as many short ones as make about a millisecond, fewer towards the end of the
         queue.
         """
@@ -100,8 +100,12 @@ class Sending(LaneState):
         limit = 1
         if ewma > 0:
             left = len(queue)
-            frames = self._slots if left < FEW else 2 * self._slots
-            limit = min(MAX_BATCH, left // frames + 1, int(BATCH_NS / ewma))
+            if left < FEW:  # as many for each worker, with what they have
+                held = sum([len(other.tasks) for other in self._lent.values()])
+                share = (left + held) // self._slots + 1 - len(lent.tasks)
+            else:
+                share = left // (2 * self._slots) + 1
+            limit = min(MAX_BATCH, share, int(BATCH_NS / ewma))
         size = len(first.data)
         while len(batch) < limit and queue and queue[0].short:
             size += len(queue[0].data)
