@@ -80,6 +80,7 @@ class Call(msgspec.Struct):
     short: bool = False
     alone: bool = False
     writable: int = 0  #: arguments (bits) whose buffers are given as private copy-on-write pages, not read-only views
+    apart: bool = False  #: it gets a worker beside those that the lane has, and takes no slot of theirs
     lazy: int = 0  #: in lanes that encode, arguments from this place on are given as what `load()` decodes (0: none)
 
 

@@ -91,8 +91,9 @@ class WorkerPort(Protocol):
 class PacedPort(WorkerPort, Protocol):
     """The port of a lane whose calls can stand still behind what they have given. Calls of other lanes never do."""
 
-    def stand(self, stopped: Callable[[], bool]) -> None:
-        """Wait behind a part that asks (`Reply.asks`) until the engine lets the call go on, or `stopped()` says so."""
+    def stand(self, stopped: Callable[[], bool]) -> tuple[int, int] | None:
+        """Wait behind a part that asks (`Reply.asks`) until the engine lets the call go on, or `stopped()` says so. The
+        items and bytes that it then may give, where the engine counts them."""
         ...
 
 

@@ -254,7 +254,10 @@ def _notes(graph: StageGraph, i: int, spec: StageSpec, lane: str, unrouted: Mapp
             f"its function is sent to each worker as {size / 1e6:.0f} MB: keep big data out of globals and closures"
         )
     if spec.role is Role.SOURCE and lane == "process":
-        notes.append("a source: driven by a thread of its own beside the scheduler, in no worker")
+        if spec.is_async:
+            notes.append("a source: driven by a task of its own on the loop, in no worker")
+        else:
+            notes.append("a source: driven by a worker of its own, beside those of the lane")
     if i in graph.barriers:
         names = ", ".join(_names(graph, graph.barriers[i]))
         notes.append(f"waits until {names} has given every element")

@@ -38,6 +38,7 @@ class StageCode:
     """
 
     __slots__ = (
+        "_driven",
         "_gathered",
         "_modules",
         "_traced",
@@ -65,6 +66,7 @@ class StageCode:
         self.shipped = Shipped(program, label=program.name, modules=modules)
         self.shipped_async = Shipped(program.run_async, label=program.name)
         self._modules = modules
+        self._driven: Shipped | None = None
         self._traced: tuple[Shipped, Shipped] | None = None
         self.gathers = gathers
         #: arguments of a call in the process lane that are given as private pages, as bits
@@ -90,6 +92,15 @@ class StageCode:
             return 0
         return -1 if self.gathers else own.mask(first, len(self.sources))
 
+    def driven(self) -> Shipped:
+        """A source as a call of a worker."""
+        if self._driven is None:
+            from stageflow.context.driven import SourceProgram
+
+            name = self.program.name
+            self._driven = Shipped(SourceProgram(self.program), label=name, modules=self._modules)
+        return self._driven
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that define it."""
@@ -109,6 +120,7 @@ class StageCode:
         made.passes_snapshot = any(one.passes_snapshot for one in (self, *rest))
         made.shipped = made.shipped_async = Shipped(program, label=program.name, modules=modules)
         made._modules = modules
+        made._driven = None
         made._traced = traced, traced
         made.gathers = self.gathers
         made.writable = self.writable

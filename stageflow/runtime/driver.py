@@ -29,7 +29,7 @@ from stageflow.runtime.outcomes import Outcomes
 from stageflow.runtime.paths import of_block
 from stageflow.runtime.relay import Relay
 from stageflow.runtime.result import Abandoned
-from stageflow.runtime.running import Running, live_drivers
+from stageflow.runtime.running import SOURCES, Running, live_drivers
 from stageflow.runtime.sampling import Sampler
 from stageflow.runtime.starting import Starting
 from stageflow.runtime.telling import Telling
@@ -182,8 +182,10 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
         if self._settled is None:
             return
         tasks, busy = self.machine.tasks, sum(run.pulling for run in self.machine.runs.values())
-        for running in self.running.values():
-            task = tasks.get(running.action.task)
+        for number, running in self.running.items():
+            if number >= SOURCES:
+                continue  # it counts while it is pulled
+            task = tasks.get(number)
             waits = running.claim is not None and running.claim.waits
             if task is not None and (task.spawning or task.stood is not None):
                 waits = True
@@ -331,6 +333,9 @@ class Driver(Starting, Outcomes, Moving, Feeding, Telling):
         now = self.clock.monotonic()
         for stage, pump in list(job.pumps.items()):
             # it had the whole grace to close
+            if hasattr(pump, "kill"):
+                pump.kill()
+                continue
             stack = pump.stack() if hasattr(pump, "stack") else ""
             job.abandoned.append(Abandoned(job.graph.specs[stage].name, None, 1, stack))
             pump.stop("the run is over")

@@ -6,22 +6,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from stageflow.context.attempt import Header
 from stageflow.context.owning import read_only_items
+from stageflow.core.executor import Call
 from stageflow.core.failure import capture
+from stageflow.core.output import ErrorInfo
 from stageflow.core.worker import UnderWay
+from stageflow.events import names
 from stageflow.pipeline.spec import Role
 from stageflow.runtime.inputs import stage_inputs
 from stageflow.runtime.job import Job
-from stageflow.runtime.running import DriverCounters
+from stageflow.runtime.moving import is_argument, named
+from stageflow.runtime.running import DriverCounters, Running
 from stageflow.runtime.sequence import Values
 from stageflow.scheduler import actions as act
 from stageflow.scheduler import signals as sig
 
 if TYPE_CHECKING:
     from stageflow.runtime.driver import Driver
+    from stageflow.runtime.worker_source import Credits
 
 CROSSING_FROM: Final = 65536  # bytes of items from which their producer encodes them for readers in other processes
 
@@ -75,9 +81,69 @@ class Feeding(DriverCounters):
 
         if spec.is_async:
             return TaskSource(begin, arrived, ended, self.loop)
+        if lane == "process":
+            return self._open_in_worker(job, action, arrived, begin)
         if lane == "inline":
             return InlineSource(begin, arrived, ended, self.loop)
         return ThreadSource(begin, arrived, ended, self.loop, spec.name, self._encoder(job, stage))
+
+    def _open_in_worker(self: Driver, job: Job, action: act.PullSource, arrived: Any, begin: Any) -> Any:
+        """A source that computes, in a worker that is not one of the lane's."""
+        from stageflow.runtime.sources import ThreadSource
+        from stageflow.runtime.worker_source import WorkerSource
+
+        stage, lane = action.stage, "process"
+        spec, code = job.graph.specs[stage], job.code.stage(stage)
+        executor = cast("Credits", self.executors.get(lane) or self.executor(lane))
+        values = self._values(job, code.sources, lane, executor)
+        header = Header(job.run_id, action.attempt)
+        snapshot = self._snapshot(job, lane, executor) if code.passes_snapshot else None
+        calls: list[int] = []
+
+        def make(number: int, credit: tuple[int, int], skip: int) -> Call:
+            args = (header, snapshot, skip, credit, *values)
+            return Call(number, code.driven(), args, alone=True, apart=True)
+
+        def begun(number: int) -> None:
+            done()
+            calls.append(number)
+            self.running[number] = Running(
+                job, act.StartAttempt(number, job.id, stage, lane, action.attempt), executor, self.clock.monotonic()
+            )
+
+        def done() -> None:
+            while calls:
+                number = calls.pop()
+                self.running.pop(number, None)
+                self._run_survivors(job, number)
+
+        def ended(info: ErrorInfo | None, error: BaseException | None) -> None:
+            done()
+            job.pumps.pop(stage, None)
+            if info is None and error is not None:
+                info = capture(error, lane=lane, attempt=action.attempt)
+            self._source_ended(job, action, error, info)
+
+        def told(info: ErrorInfo | None) -> None:
+            data = {"delay_ms": 0.0, "error": info.message if info is not None else "", "why": "infrastructure"}
+            self._event(names.STAGE_RETRYING, job, spec.name, None, action.attempt, lane, data)
+
+        def refused(info: ErrorInfo, credit: tuple[int, int]) -> bool:
+            if stage not in job.code.movable or not is_argument(info):
+                return False
+            done()
+            attempt = act.StartAttempt(0, job.id, stage, "thread", action.attempt)
+            self._tell_moved(job, attempt, named(job, attempt, info, before=4).message)
+            pump = job.pumps[stage] = ThreadSource(
+                begin, arrived, partial(ended, None), self.loop, spec.name, self._encoder(job, stage)
+            )
+            pump.pull(*credit)
+            return True
+
+        return WorkerSource(
+            executor, make, arrived, ended, self.loop, skip=action.skip, replayable=spec.policies.replayable,
+            grace=self.machine.grace, begun=begun, told=told, refused=refused,
+        )  # fmt: skip
 
     def _encoder(self: Driver, job: Job, stage: int) -> Any:
         """Encodes lists of big items where another process reads them, on the thread that made them: then they exist
@@ -126,15 +192,23 @@ class Feeding(DriverCounters):
             return InlineSource(lambda: (value, None), arrived, ended, self.loop)
         return ThreadSource(lambda: (value, None), arrived, ended, self.loop, spec.name)
 
-    def _source_ended(self: Driver, job: Job, action: act.PullSource, error: BaseException | None) -> None:
+    def _source_ended(
+        self: Driver,
+        job: Job,
+        action: act.PullSource,
+        error: BaseException | None,
+        info: ErrorInfo | None = None,
+    ) -> None:
+        """`info`: what went wrong, where that is known better than by the exception."""
         if job.id not in self.jobs:
             return
         stage = action.stage
-        if error is None:
+        lane = job.code.lanes[stage]
+        if info is None and error is not None:
+            info = capture(error, lane=lane, attempt=action.attempt)
+        if info is None:
             self.signal(sig.SourceEnded(job.id, stage))
             return
-        lane = job.code.lanes[stage]
-        info = capture(error, lane=lane, attempt=action.attempt)
         ended = sig.SourceEnded(job.id, stage, "error", info)
         retry = job.graph.specs[stage].policies.retry
         if retry is not None:

@@ -43,14 +43,9 @@ class Moving(DriverCounters):
         block = type(action) is act.StartBlock
         if block and sum(_count(segment) for segment in action.segments) > 1:
             return False
-        name = job.graph.specs[action.stage].name
         reason = named(job, running.action, outcome.error).message if outcome.error is not None else "it cannot be sent"
         action = msgspec.structs.replace(action, lane="thread")
-        data = {"lane": "thread", "reason": reason}
-        self._event(names.STAGE_PLACED, job, name, None, action.attempt, "thread", data)
-        if action.stage not in job.moved:
-            job.moved.add(action.stage)
-            _log.warning("stage %r runs on a thread what cannot be sent to a worker: %s", name, reason)
+        self._tell_moved(job, action, reason)
         if block:
             self._start_block(action)
         elif type(action) is act.StartFold:
@@ -59,15 +54,24 @@ class Moving(DriverCounters):
             self._start_attempt(action, told=True)
         return True
 
+    def _tell_moved(self: Driver, job: Job, action: Any, reason: str) -> None:
+        name = job.graph.specs[action.stage].name
+        data = {"lane": "thread", "reason": reason}
+        self._event(names.STAGE_PLACED, job, name, None, action.attempt, "thread", data)
+        if action.stage not in job.moved:
+            job.moved.add(action.stage)
+            _log.warning("stage %r runs on a thread what cannot be sent to a worker: %s", name, reason)
 
-def named(job: Job, action: Any, info: ErrorInfo) -> ErrorInfo:
-    """`info` with the number of an argument that cannot be sent told as what its author calls it."""
+
+def named(job: Job, action: Any, info: ErrorInfo, before: int = 0) -> ErrorInfo:
+    """`info` with the number of an argument that cannot be sent told as what its author calls it. `before`: the
+    arguments that stand before its values, if it is no attempt and no block."""
     found = _ARGUMENT.match(info.message) if info.code == NotShippableError.code else None
     if found is None or type(action) is act.StartFold or job.graph.specs[action.stage].form == "graph":
         return info
     slots = job.code.stage(action.stage).program.plan.slots
     block = type(action) is act.StartBlock
-    place = int(found[1]) - (3 if block else 2)
+    place = int(found[1]) - (before or (3 if block else 2))
     rest = info.message[found.end() :]
     if 0 <= place < len(slots):
         slot = slots[place]
@@ -77,6 +81,11 @@ def named(job: Job, action: Any, info: ErrorInfo) -> ErrorInfo:
     else:
         return info
     return msgspec.structs.replace(info, message=f"{what}{rest}")
+
+
+def is_argument(info: ErrorInfo) -> bool:
+    """Whether it says that an argument cannot be sent: nothing has run then."""
+    return info.code == NotShippableError.code and _ARGUMENT.match(info.message) is not None
 
 
 def _count(segment: tuple[int, int, int, object]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 #: every driver of this process: `ctx.spawn` finds the run of an attempt by it
 live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+#: calls of sources are numbered from here: they are no tasks of the scheduler
+SOURCES: Final = 1 << 48
 
 
 class Running(msgspec.Struct, eq=False, gc=False):

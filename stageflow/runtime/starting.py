@@ -200,7 +200,7 @@ class Starting(DriverCounters):
                 action.short,
                 action.alone,
                 code.writable,
-                lazy,
+                lazy=lazy,
             )
         except Exception as error:
             self._refuse(running, error)

@@ -209,13 +209,17 @@ def test_every_format_shows_which_stages_share_a_worker():
     assert "elements, same worker" in picture
 
 
-def test_the_plan_does_not_promise_a_worker_to_a_source():
+def test_the_plan_says_who_drives_a_source():
     def numbers():
         yield 1
 
-    def noted(**more):
-        graph = PipelineBuilder("s").stage("numbers", numbers, **more).map("m", lambda x: x, "numbers").build()
-        return any("in no worker" in note for note in graph.plan().stage("numbers").notes)
+    async def on_loop():
+        yield 1
 
-    assert noted(kind="transform")
-    assert not noted()
+    def noted(source, words, **more):
+        graph = PipelineBuilder("s").stage("numbers", source, **more).map("m", lambda x: x, "numbers").build()
+        return any(words in note for note in graph.plan().stage("numbers").notes)
+
+    assert noted(numbers, "driven by a worker of its own", kind="transform")
+    assert not noted(numbers, "driven by")
+    assert noted(on_loop, "in no worker", executor="process")

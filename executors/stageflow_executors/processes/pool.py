@@ -92,6 +92,8 @@ class ProcessExecutor(Hearing):
         if call.id in self._tasks:
             raise StageflowError(f"call id {call.id} is already in use")
         self._tasks[call.id] = task
+        if call.apart:
+            self._stands_apart(task)
         try:
             self._prepare(task)
         except Exception as error:
@@ -142,23 +144,27 @@ class ProcessExecutor(Hearing):
         task = self._tasks.get(call_id)
         if task is None or task.worker is None or task.standing:
             return
+        self._stands_apart(task)
+        self._dispatch()
+
+    def _stands_apart(self, task: Task) -> None:
+        """The worker of this call is not counted: there may be another."""
         task.standing, task.short = True, False  # nothing is sent ahead to its worker
         self._standing += 1
         self.supply.stands(1)
         if self._asked:
             self._asked = False
             self.supply.withdraw(self)
-        self._dispatch()
 
-    def go_on(self, call_id: int) -> None:
-        """Let it go on; what is free in its arena is told along."""
+    def go_on(self, call_id: int, more: tuple[int, int] | None = None) -> None:
+        """Let it go on; what is free in its arena is told along, and how much `more` it may give, if it is told so."""
         task = self._tasks.get(call_id)
         if task is None or task.worker is None:
             return
-        if task.standing:
+        if task.standing and not task.call.apart:
             self._stands_no_more(task)
         messages, fds = self._controls(task.worker)
-        messages.append(ch.encode_message([ch.GO_ON, call_id]))
+        messages.append(ch.encode_message([ch.GO_ON, call_id, more]))
         self._send(task.worker, messages, fds)
 
     def running_since(self, call_id: int) -> float | None:

@@ -97,10 +97,10 @@ class ProcessPort:
         else:
             self._callbacks.append(callback)
 
-    def stand(self, stopped: Callable[[], bool]) -> None:
-        """Wait for the parent's word, or until `stopped()`, which is looked at every 20 ms."""
-        if not self.closed:
-            self._worker.stand(self.call_id, stopped)
+    def stand(self, stopped: Callable[[], bool]) -> tuple[int, int] | None:
+        """Wait for the parent's word, or until `stopped()`, which is looked at every 20 ms. How much more it allows, if
+        it said so."""
+        return self._worker.stand(self.call_id, stopped) if not self.closed else None
 
     def _watch(self) -> None:
         told = None

@@ -157,6 +157,7 @@ class Worker:
         self.memory = LocalMemory(self, number, page, settings.get("memfd"), settings.get("hard_limit"))
         self.mappings: dict[int, Mapping] = {}
         self.released: deque[codec.Key] = deque()
+        self._more: tuple[int, int] | None = None  # what the last go-ahead allowed
         self.functions: dict[int, Callable[..., Any] | BaseException] = {}
         self.lock = threading.RLock()
         self.out: list[bytes] = []
@@ -173,7 +174,7 @@ class Worker:
             ch.SEGMENTS: self._segments,
             ch.FREE: lambda message: self.memory.freed_by_parent(message[1]),
             ch.FORGET: self._forget,
-            ch.GO_ON: lambda message: None,  # for a call that has ended meanwhile
+            ch.GO_ON: self._allowed,
         }
         self.item: Callable[[], UnderWay] | None = None  # says where in it the call is
         self._words = page.words
@@ -309,11 +310,15 @@ class Worker:
             if self.out:
                 self.flush()
 
-    def stand(self, call_id: int, stopped: Callable[[], bool]) -> None:
+    def _allowed(self, message: list[Any]) -> None:
+        """A call may go on, unless it has ended meanwhile."""
+        self._more = message[2]
+
+    def stand(self, call_id: int, stopped: Callable[[], bool]) -> tuple[int, int] | None:
         """Wait until the parent lets the running call go on, or `stopped()`. What was sent to be run after it is given
         back at once: this call may wait for just that. What is told meanwhile, as of memory that is free, is heeded."""
         if not self.own[0]:
-            return  # a process the stage forked: nobody talks to it
+            return None  # a process the stage forked: nobody talks to it
         self.flush()
         self._heed(self._messages, call_id)
         ready = select.poll()
@@ -328,7 +333,8 @@ class Worker:
                 continue
             frame, self._fds = received
             if self._heed(deque(ch.decode_frame(frame)), call_id):
-                return
+                return self._more
+        return None
 
     def _heed(self, found: deque[list[Any]], call_id: int) -> bool:
         """Handle messages that were read while a call runs; calls among them, and what lies in shared memory unopened,
