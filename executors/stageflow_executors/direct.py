@@ -138,7 +138,7 @@ class Direct:
             or shipped.key not in handle.functions
             or handle.main_version != supply.shipping.version
             or supply.books.dropped
-            or supply.books.any_freed
+            or supply.books.any_to_tell
             or supply.closed
         ):
             return False

@@ -96,6 +96,12 @@ def test_lone_calls_go_directly_and_give_what_they_give(pool: ProcessPoolExecuto
         assert np.array_equal(pool.submit(act, array).result(), array)
 
 
+def test_a_large_argument_in_between_does_not_end_it(pool: ProcessPoolExecutor) -> None:
+    assert pool.submit(act, np.ones(100_000)).result().sum() == 100_000.0
+    gc.collect()  # its memory is the parent's to use again, when it needs some
+    assert directly(pool, 1).result() == 1
+
+
 @pytest.mark.parametrize("ask", ["wait", "callback", "poll", "exception", "asyncio", "cancel", "short", "other thread"])
 def test_an_answer_is_had_in_every_way(pool: ProcessPoolExecutor, ask: str) -> None:
     future = directly(pool, "sleep", 0.002)

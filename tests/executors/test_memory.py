@@ -22,7 +22,7 @@ from stageflow_executors.processes.pool import ProcessExecutor
 from stageflow_executors.processes.supply import TELL_IDLE_EVERY, WorkerSupply
 from stageflow_executors.shm import closed
 from stageflow_executors.shm.arena import Arena, create_anonymous, size_class
-from stageflow_executors.shm.lease import Books, export
+from stageflow_executors.shm.lease import PARENT, Books, export
 
 
 class Colour(enum.IntEnum):
@@ -365,6 +365,21 @@ def test_a_lease_ends_with_the_last_view(use_numpy: bool, monkeypatch: pytest.Mo
         del derived
         gc.collect()
         assert ended == [1]
+
+
+def test_only_blocks_of_workers_have_to_be_told_of() -> None:
+    books = Books()
+    mine, theirs = (PARENT << 24 | 1, 0), (7 << 24 | 1, 0)
+    books.lease([mine, theirs])
+    books.dropped.append(mine)
+    books.settle()
+    assert not books.any_to_tell, "the parent asks when it needs room; until then calls would take the long way"
+    books.dropped.append(theirs)
+    books.settle()
+    assert books.any_to_tell
+    assert books.take_freed(7) == [theirs]
+    assert not books.any_to_tell
+    assert books.take_freed(PARENT) == [mine]
 
 
 def test_books_tell_the_owner_and_close_segments_of_the_dead() -> None:

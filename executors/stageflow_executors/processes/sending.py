@@ -134,7 +134,7 @@ class Sending(LaneState):
             or lent.death is not None
             or task.call.shipped.key not in handle.functions
             or handle.main_version != supply.shipping.version
-            or books.any_freed
+            or books.any_to_tell
             or self._lent.get(handle.number) is not lent
         ):
             return False

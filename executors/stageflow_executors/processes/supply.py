@@ -36,14 +36,13 @@ from stageflow_executors.processes.program import interpreter_flags
 from stageflow_executors.processes.shipping import Shipping
 from stageflow_executors.processes.status import StatusPage
 from stageflow_executors.shm.arena import Arena, Segment, allocate, create_anonymous
-from stageflow_executors.shm.lease import Books
+from stageflow_executors.shm.lease import PARENT, Books
 
 MAX_FAILED_STARTS: Final = 3
 RETRY_STARTS_AFTER: Final = 1.0
 STANDS_IN: Final = 5.0  #: seconds for which a worker that stood in is kept: calls that stand still do so in turns
 TELL_IDLE_EVERY: Final = 0.05  #: seconds between two words to idle workers, of what they need not keep
 FAREWELL: Final = 1.0  #: seconds that idle workers have to leave in order; the others are killed
-PARENT: Final = 0  #: the parent's number as an owner of segments
 
 
 class WorkerSupply(ServerLink):

@@ -19,10 +19,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 from stageflow_executors.shm import codec
 from stageflow_executors.shm.codec import Key, Ref
+
+PARENT: Final = 0  #: the parent's number as an owner of segments
 
 
 class _PyBuffer(ctypes.Structure):
@@ -301,9 +303,10 @@ class Books:
                 self._freed.setdefault(sid >> 24, []).append(key)
 
     @property
-    def any_freed(self) -> bool:
-        """Are there blocks that some owner has to be told of?"""
-        return bool(self._freed)
+    def any_to_tell(self) -> bool:
+        """Are there blocks that some worker has to be told of? The parent looks after its own when it needs one."""
+        freed = self._freed
+        return bool(freed) and (len(freed) > 1 or PARENT not in freed)
 
     def take_freed(self, owner: int) -> list[Key]:
         """Blocks of `owner` that nobody reads any more."""
